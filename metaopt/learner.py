@@ -1,0 +1,225 @@
+"""Learner: what is meta-trained; one episode of it is what estimators unroll."""
+
+import dataclasses
+import math
+from typing import NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt import validate
+from metaopt.optimizers.base import LearnedOptimizer
+from metaopt.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class LogUniform:
+    """A random horizon: log-uniform in `[minimum, maximum]`, drawn at each reset.
+
+    Attributes:
+        minimum: shortest episode, in inner steps.
+        maximum: longest episode, in inner steps.
+    """
+
+    minimum: int
+    maximum: int
+
+    def __post_init__(self):
+        validate.integer("minimum", self.minimum)
+        validate.integer("maximum", self.maximum, minimum=self.minimum)
+
+
+Horizon = int | LogUniform
+
+
+def check_horizon(horizon: Horizon) -> None:
+    """Raises unless `horizon` is a positive int or a `LogUniform`."""
+    if not isinstance(horizon, LogUniform):
+        validate.integer("horizon", horizon)
+
+
+def longest(horizon: Horizon) -> int:
+    """Returns the largest length that `draw_length` can give, in inner steps."""
+    return horizon.maximum if isinstance(horizon, LogUniform) else horizon
+
+
+def draw_length(horizon: Horizon, window: int, key: jax.Array) -> jax.Array:
+    """Draws an episode length in inner steps, `[]` int32, a multiple of `window`."""
+    if not isinstance(horizon, LogUniform):
+        return jnp.int32(horizon)
+    low, high = math.log(horizon.minimum), math.log(horizon.maximum)
+    steps = jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
+    windows = jnp.clip(jnp.round(steps / window), 1, horizon.maximum // window)
+    return window * windows.astype(jnp.int32)
+
+
+class StepOut(NamedTuple):
+    """What one inner step contributes to the meta-loss of its episode.
+
+    Attributes:
+        loss: meta-loss of this step, `[]`.
+        weight: its weight, `[]`; weights average to 1 over an episode.
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+
+
+class Learner(Protocol):
+    """Anything that can be meta-trained: all that an estimator sees.
+
+    Attributes:
+        horizon: length of an episode in inner steps, fixed or log-uniform.
+    """
+
+    @property
+    def horizon(self) -> Horizon: ...
+
+    def load(self) -> chex.ArrayTree:
+        """Returns the data arrays to pass to `reset` and `step`."""
+        ...
+
+    def init_theta(self, key: jax.Array) -> chex.ArrayTree:
+        """Draws initial meta-parameters."""
+        ...
+
+    def reset(
+        self,
+        theta: chex.ArrayTree,
+        data: chex.ArrayTree,
+        key: jax.Array,
+        *,
+        length: jax.Array,
+    ) -> chex.ArrayTree:
+        """Starts an episode of `length` inner steps and returns its state."""
+        ...
+
+    def step(
+        self,
+        theta: chex.ArrayTree,
+        state: chex.ArrayTree,
+        data: chex.ArrayTree,
+        key: jax.Array,
+    ) -> tuple[chex.ArrayTree, StepOut]:
+        """Takes one inner step."""
+        ...
+
+
+def unroll(
+    learner: Learner,
+    theta: chex.ArrayTree,
+    state: chex.ArrayTree,
+    data: chex.ArrayTree,
+    key: jax.Array,
+    *,
+    length: int,
+) -> tuple[chex.ArrayTree, StepOut]:
+    """Takes `length` inner steps in one scan.
+
+    Returns:
+        The last state, and the `StepOut` of every step, each leaf `[length]`.
+    """
+
+    def body(state, step_key):
+        return learner.step(theta, state, data, step_key)
+
+    return jax.lax.scan(body, state, jax.random.split(key, length))
+
+
+class TrainState(NamedTuple):
+    """The state of one training run.
+
+    Attributes:
+        instance: the sampled problem.
+        params: its parameters.
+        opt_state: the optimizer's state.
+        step: inner steps taken, `[]` int32.
+        length: inner steps of the episode, `[]` int32.
+    """
+
+    instance: chex.ArrayTree
+    params: chex.ArrayTree
+    opt_state: chex.ArrayTree
+    step: jax.Array
+    length: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTask:
+    """The learner of a learned optimizer: an episode is one training run.
+
+    The loss reported for a step is the training loss before its update (free, but
+    under truncation the last update of a window is not seen), or with
+    `meta_split="valid"` the loss of a fresh validation batch after the update.
+
+    Attributes:
+        task: what is trained.
+        optimizer: the rule whose theta is learned.
+        horizon: length of a training run in inner steps, fixed or log-uniform.
+        meta_split: "train" or "valid", the data the meta-loss is measured on.
+        meta_loss: "mean" of the losses of a run, or the "final" one.
+
+    >>> import jax
+    >>> from metaopt.optimizers import Hyper
+    >>> from metaopt.testing import Quadratic
+    >>> learner = TrainTask(Quadratic(dim=3), Hyper("sgd"), horizon=10)
+    >>> theta = learner.init_theta(jax.random.key(0))
+    >>> state = learner.reset(theta, (), jax.random.key(1), length=10)
+    >>> state, out = unroll(learner, theta, state, (), jax.random.key(2), length=10)
+    >>> out.loss.shape
+    (10,)
+    """
+
+    task: Task
+    optimizer: LearnedOptimizer
+    horizon: Horizon = 100
+    meta_split: str = "train"
+    meta_loss: str = "mean"
+
+    def __post_init__(self):
+        validate.instance("task", self.task, Task, "tasks.get('quadratic')")
+        validate.instance("optimizer", self.optimizer, LearnedOptimizer, "SmallFC()")
+        check_horizon(self.horizon)
+        validate.one_of("meta_split", self.meta_split, ("train", "valid"))
+        validate.one_of("meta_loss", self.meta_loss, ("mean", "final"))
+
+    def load(self):
+        return self.task.load()
+
+    def init_theta(self, key):
+        return self.optimizer.init_theta(key)
+
+    def reset(self, theta, data, key, *, length):
+        del data
+        instance_key, params_key, optimizer_key = jax.random.split(key, 3)
+        instance = self.task.sample(instance_key)
+        params = self.task.init(instance, params_key)
+        opt_state = self.optimizer.init(
+            theta, params, num_steps=length, key=optimizer_key
+        )
+        return TrainState(
+            instance, params, opt_state, jnp.int32(0), jnp.asarray(length, jnp.int32)
+        )
+
+    def step(self, theta, state, data, key):
+        batch_key, loss_key, valid_key = jax.random.split(key, 3)
+        task, (instance, params, opt_state, count, length) = self.task, state
+        batch = task.batch(instance, data, batch_key, split="train")
+        gradient = jax.value_and_grad(task.loss, has_aux=True)
+        (loss, _), grads = gradient(params, batch, instance, loss_key)
+        updates, opt_state = self.optimizer.update(
+            theta, grads, opt_state, params, value=loss
+        )
+        params = optax.apply_updates(params, updates)
+        if self.meta_split == "valid":
+            batch_key, loss_key = jax.random.split(valid_key)
+            batch = task.batch(instance, data, batch_key, split="valid")
+            loss, _ = task.loss(params, batch, instance, loss_key)
+        if self.meta_loss == "final":
+            weight = jnp.where(count + 1 == length, length, 0).astype(jnp.float32)
+        else:
+            weight = jnp.float32(1.0)
+        state = TrainState(instance, params, opt_state, count + 1, length)
+        return state, StepOut(loss.astype(jnp.float32), weight)
