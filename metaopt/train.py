@@ -1,5 +1,6 @@
 """Meta-training: two pure functions and one loop."""
 
+import concurrent.futures
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -177,13 +178,29 @@ def make_trainer(
         out_shardings=(shardings, replicated(mesh)),
     )
 
+    # Programs that queue up on several CPU devices take each other's threads, and
+    # their all-reduces wait for ever.
+    on_cpus = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    settle = jax.block_until_ready if on_cpus else lambda x: x
+
+    def compile_step():
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            shardings,
+        )
+        with jax.set_mesh(mesh):
+            return step.lower(like, data).compile()
+
+    # Each of the two programs keeps one core busy for seconds: on two at once.
+    compiled_step = concurrent.futures.ThreadPoolExecutor(1).submit(compile_step)
+
     def run_init(key, theta=None):
         with jax.set_mesh(mesh):
-            return init(data, key, theta=theta)
+            return settle(init(data, key, theta=theta))
 
     def run_step(state):
-        with jax.set_mesh(mesh):
-            return step(state, data)
+        return settle(compiled_step.result()(state, data))
 
     return MetaTrainer(run_init, run_step, shardings)
 

@@ -80,7 +80,9 @@ def numbers(name: str, values: Any, **bounds: Any) -> None:
         number(f"{name}[{i}]", value, **bounds)
 
 
-def instance(name: str, value: Any, kind: type | tuple[type, ...], example: str) -> None:
+def instance(
+    name: str, value: Any, kind: type | tuple[type, ...], example: str
+) -> None:
     """Raises TypeError unless `value` is an instance of `kind`; shows `example`."""
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)

@@ -48,9 +48,7 @@ class FullUnroll(base.OverTasks):
             return grad, loss
 
         tasks = base.task_arguments(self.num_tasks, key)
-        grads, losses = map_over_tasks(
-            one_task, (theta, data), tasks, block=self.block
-        )
+        grads, losses = map_over_tasks(one_task, (theta, data), tasks, block=self.block)
         return base.mean_over_tasks(grads, losses), state
 
     def _unroll(self, theta, start, data, key, steps):

@@ -70,9 +70,7 @@ class FullES(base.OverTasks):
             return difference(noise, losses, self.std), jnp.mean(losses)
 
         tasks = base.task_arguments(self.num_tasks, key)
-        grads, losses = map_over_tasks(
-            one_task, (theta, data), tasks, block=self.block
-        )
+        grads, losses = map_over_tasks(one_task, (theta, data), tasks, block=self.block)
         return base.mean_over_tasks(grads, losses), state
 
 

@@ -104,7 +104,9 @@ class LearnedOptimizer(abc.ABC):
         """
         rule = type(self).__name__
         if num_steps is not None and num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got num_steps={num_steps}.")
+            raise ValueError(
+                f"num_steps must be at least 1, got num_steps={num_steps}."
+            )
         if self.needs_num_steps and num_steps is None:
             raise ValueError(
                 f"{rule} plans over the whole run: num_steps must be given, "

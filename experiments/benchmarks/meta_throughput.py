@@ -1,0 +1,160 @@
+"""Meta-training throughput: `python -m experiments.benchmarks.meta_throughput`.
+
+PES, 16 tasks, windows of 50 steps, digits MLP 64-32-10 (2,410 parameters), batch 128.
+One outer step takes 2 x 16 x 50 inner steps. Optimizers are timed in turns within one
+run, so that their ratios hold on a busy machine; a matrix product and a copy timed in
+the same run say how far each is from what the machine can do.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+
+
+def main() -> None:
+    """Times every optimizer in turns, prints a table and writes it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--block", type=int, default=None, help="default: the library's")
+    parser.add_argument("--devices", type=int, default=os.cpu_count())
+    parser.add_argument("--only", nargs="*", default=None)
+    parser.add_argument("--out", default=None, help="JSON file to write")
+    args = parser.parse_args()
+    flag = f"--xla_force_host_platform_device_count={args.devices}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    rows = measure(args.rounds, args.block, args.only)
+    print_table(rows)
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+TASKS, WINDOW = 16, 50
+
+
+def measure(rounds: int, block: int | None, only: list[str] | None) -> list[dict]:
+    """Returns one row per optimizer, and one each for the matrix product and copy."""
+    import jax
+    import optax
+
+    import tasks
+    from metaopt.estimators import PES
+    from metaopt.learner import TrainTask
+    from metaopt.optimizers import MLP, Hyper, SmallFC
+    from metaopt.train import make_trainer
+
+    task = tasks.get("image-mlp", dataset="digits", widths=(32,), batch_size=128)
+    decays = (("b1", 0.9), ("b2", 0.999))
+    rules = {
+        "Hyper(adam)": Hyper("adam", one_minus_log=decays),
+        "MLP": MLP(),
+        "SmallFC": SmallFC(),
+    }
+    runners = {}
+    for name, rule in rules.items():
+        if only and name not in only:
+            continue
+        blocks = {} if block is None else {"block": block}
+        estimator = PES(TrainTask(task, rule, 200), TASKS, window=WINDOW, **blocks)
+        trainer = make_trainer(estimator, optax.adam(1e-4), estimator.load())
+        start = time.perf_counter()
+        state = trainer.init(jax.random.key(0))
+        state, metrics = trainer.step(state)
+        jax.block_until_ready(metrics)
+        runners[name] = [trainer.step, state, time.perf_counter() - start, []]
+    matmul, copy = _ceilings()
+    ceilings = {"matmul": [], "copy": []}
+    for _ in range(rounds):
+        for runner in runners.values():
+            start = time.perf_counter()
+            for _ in range(3):
+                runner[1], metrics = runner[0](runner[1])
+                jax.block_until_ready(metrics)
+            runner[3].append((time.perf_counter() - start) / 3)
+        ceilings["matmul"].append(matmul())
+        ceilings["copy"].append(copy())
+    rows = []
+    for name, (_, _, compile_s, seconds) in runners.items():
+        flops, size = inner_step_cost(task, rules[name])
+        steps = 2 * TASKS * WINDOW
+        rows.append(
+            {
+                "name": name,
+                "inner_steps_per_s": steps / min(seconds),
+                "median": steps / statistics.median(seconds),
+                "first_step_s": compile_s,
+                "gflops": flops * steps / min(seconds) / 1e9,
+                "gbytes_per_s": size * steps / min(seconds) / 1e9,
+                "mflop_per_step": flops / 1e6,
+                "mbytes_per_step": size / 1e6,
+            }
+        )
+    rows.append({"name": "matmul 1024", "gflops": 2 * 1024**3 / min(ceilings["matmul"]) / 1e9})
+    rows.append({"name": "copy 256 MB", "gbytes_per_s": 0.512 / min(ceilings["copy"])})
+    return rows
+
+
+def inner_step_cost(task, rule) -> tuple[float, float]:
+    """Returns the compiler's count of operations and bytes of one inner step."""
+    import jax
+
+    from metaopt.learner import TrainTask
+
+    learner = TrainTask(task, rule, 200)
+    data, key = learner.load(), jax.random.key(0)
+    theta = learner.init_theta(key)
+    state = learner.reset(theta, data, key, length=200)
+    cost = jax.jit(learner.step).lower(theta, state, data, key).compile().cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    return cost["flops"], cost["bytes accessed"]
+
+
+def _ceilings():
+    import jax
+    import jax.numpy as jnp
+
+    square = jnp.ones((1024, 1024))
+    product = jax.jit(lambda x: x @ x)
+    large = jnp.ones(64 * 2**20)
+    add = jax.jit(lambda x: x + 1)
+
+    def timed(fn, x):
+        jax.block_until_ready(fn(x))
+
+        def run():
+            start = time.perf_counter()
+            jax.block_until_ready(fn(x))
+            return time.perf_counter() - start
+
+        return run
+
+    return timed(product, square), timed(add, large)
+
+
+def print_table(rows: list[dict]) -> None:
+    """Prints the rows with the ratio to the first one."""
+    reference = rows[0]["inner_steps_per_s"]
+    print(
+        f"{'':14}{'steps/s':>9}{'median':>9}{'ratio':>7}{'GFLOP/s':>9}{'GB/s':>7}"
+        f"{'MFLOP':>8}{'MB':>7}{'first step s':>14}"
+    )
+    for row in rows:
+        if "inner_steps_per_s" not in row:
+            flops, size = row.get("gflops", ""), row.get("gbytes_per_s", "")
+            flops = f"{flops:9.1f}" if flops else " " * 9
+            size = f"{size:7.1f}" if size else ""
+            print(f"{row['name']:14}{'':25}{flops}{size}")
+            continue
+        rate = row["inner_steps_per_s"]
+        print(
+            f"{row['name']:14}{rate:9.0f}{row['median']:9.0f}{rate / reference:7.2f}"
+            f"{row['gflops']:9.1f}{row['gbytes_per_s']:7.1f}"
+            f"{row['mflop_per_step']:8.2f}{row['mbytes_per_step']:7.2f}"
+            f"{row['first_step_s']:14.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

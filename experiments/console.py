@@ -1,0 +1,29 @@
+"""Choosing by name, and the two kinds of error that end a command without a trace."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+
+class UsageError(Exception):
+    """What was typed cannot be done; the message says what can."""
+
+
+class CommandError(Exception):
+    """The command failed for a reason outside of the program; the message says why."""
+
+
+def check_choice(kind: str, name: str, options: Iterable[str]) -> None:
+    """Raises UsageError unless `name` is an option; suggests the nearest one."""
+    # Not `metaopt.validate.one_of`: importing metaopt imports JAX.
+    options = list(options)
+    if name not in options:
+        close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        listed = ", ".join(options)
+        raise UsageError(f"There is no {kind} {name!r}.{hint} There are: {listed}.")
+
+
+def columns(rows: Mapping[str, str]) -> str:
+    """Lays out names and their summaries as two indented columns."""
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())

@@ -1,0 +1,43 @@
+"""The task zoo: explicit names for what can be meta-trained on."""
+
+from typing import Any
+
+from metaopt import validate
+from metaopt.task import Task
+from tasks.images import ImageConv, ImageMLP
+from tasks.quadratic import NoisyQuadratic, Quadratic
+from tasks.sinusoid import Sinusoid
+from tasks.two_moons import TwoMoons
+
+__all__ = [
+    "TASKS",
+    "ImageConv",
+    "ImageMLP",
+    "NoisyQuadratic",
+    "Quadratic",
+    "Sinusoid",
+    "TwoMoons",
+    "get",
+]
+
+TASKS: dict[str, type[Task]] = {
+    "image-conv": ImageConv,
+    "image-mlp": ImageMLP,
+    "noisy-quadratic": NoisyQuadratic,
+    "quadratic": Quadratic,
+    "sinusoid": Sinusoid,
+    "two-moons": TwoMoons,
+}
+
+
+def get(name: str, **kwargs: Any) -> Task:
+    """Builds the task called `name` with the fields `kwargs`.
+
+    Raises:
+        ValueError: if there is no such task; the nearest name is suggested.
+
+    >>> get("quadratic", dim=3).dim
+    3
+    """
+    validate.one_of("task", name, TASKS)
+    return TASKS[name](**kwargs)

@@ -1,0 +1,196 @@
+"""Image classifiers: the dataset lives on the device, minibatches are drawn by key."""
+
+import dataclasses
+import functools
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from metaopt import validate
+from metaopt.task import Task
+from tasks import data as datasets
+from tasks.classification import cross_entropy
+
+ACTIVATIONS = ("relu", "tanh", "gelu", "silu")
+
+
+def load_images(dataset: str, image_size: int | None) -> datasets.Splits:
+    """Loads a dataset onto the device, resized to `image_size` square if given."""
+    splits = jax.tree.map(jnp.asarray, datasets.load(dataset))
+    if image_size is None:
+        return splits
+    return datasets.Splits(
+        *(datasets.Split(_resize(x, image_size), y) for x, y in splits)
+    )
+
+
+def _resize(x: jax.Array, size: int) -> jax.Array:
+    n, _, _, channels = x.shape
+
+    @jax.jit
+    def resize(image):
+        shape = (size, size, channels)
+        small = jax.image.resize(image.astype(jnp.float32), shape, "linear")
+        return jnp.round(small).astype(jnp.uint8)
+
+    # In blocks: as floats a whole dataset would take four times its memory.
+    return jax.lax.map(resize, x, batch_size=min(n, 1024))
+
+
+def draw_images(
+    part: datasets.Split, key: jax.Array, *, batch_size: int, peak: int
+) -> tuple[jax.Array, jax.Array]:
+    """Draws images with replacement.
+
+    Returns:
+        Images `[batch_size, H, W, C]` float32 in [0, 1], and labels `[batch_size]`.
+    """
+    # One random word per image, less than half the cost of `randint`; its bias is
+    # below N / 2**32.
+    index = jax.random.bits(key, (batch_size,)) % jnp.uint32(part.y.shape[0])
+    take = lambda a: a.at[index].get(mode="promise_in_bounds")
+    return take(part.x).astype(jnp.float32) / peak, take(part.y)
+
+
+def image_shape(dataset: str, image_size: int | None) -> tuple[int, int, int]:
+    """Returns `(H, W, C)` of the images that `load_images` gives."""
+    height, width, channels = datasets.DATASETS[dataset].shape
+    return (image_size or height, image_size or width, channels)
+
+
+def _check(task: "ImageMLP | ImageConv") -> None:
+    validate.one_of("dataset", task.dataset, datasets.DATASETS)
+    validate.integers("widths", task.widths)
+    validate.integer("batch_size", task.batch_size)
+    validate.one_of("activation", task.activation, ACTIVATIONS)
+    if task.image_size is not None:
+        validate.integer("image_size", task.image_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageMLP(Task):
+    """Classifies images with a multi-layer perceptron.
+
+    Attributes:
+        dataset: a key of `tasks.data.DATASETS`.
+        widths: hidden layer sizes.
+        batch_size: images per step, drawn with replacement.
+        activation: "relu", "tanh", "gelu" or "silu".
+        layer_norm: whether each hidden layer is normalised before its activation.
+        image_size: side that the images are resized to; None leaves them alone.
+
+    >>> task = ImageMLP()
+    >>> params = task.init((), jax.random.key(0))
+    >>> sum(p.size for p in jax.tree.leaves(params))
+    2410
+    >>> batch = task.batch((), task.load(), jax.random.key(1), split="valid")
+    >>> sorted(task.loss(params, batch, (), jax.random.key(2))[1])
+    ['accuracy']
+    """
+
+    dataset: str = "digits"
+    widths: tuple[int, ...] = (32,)
+    batch_size: int = 128
+    activation: str = "relu"
+    layer_norm: bool = False
+    image_size: int | None = None
+
+    def __post_init__(self):
+        _check(self)
+
+    @functools.cached_property
+    def _net(self):
+        activation = getattr(jax.nn, self.activation)
+        classes = datasets.num_classes(self.dataset)
+
+        def normalised(x):
+            for width in self.widths:
+                x = hk.Linear(width)(x)
+                x = activation(hk.LayerNorm(-1, True, True)(x))
+            return hk.Linear(classes)(x)
+
+        def mlp(x):
+            x = x.reshape(len(x), -1)
+            if self.layer_norm:
+                return normalised(x)
+            return hk.nets.MLP((*self.widths, classes), activation=activation)(x)
+
+        return hk.without_apply_rng(hk.transform(mlp))
+
+    def load(self):
+        return load_images(self.dataset, self.image_size)
+
+    def batch(self, instance, data, key, *, split="train"):
+        peak = datasets.DATASETS[self.dataset].peak
+        part = getattr(data, split)
+        return draw_images(part, key, batch_size=self.batch_size, peak=peak)
+
+    def init(self, instance, key):
+        shape = image_shape(self.dataset, self.image_size)
+        return self._net.init(key, jnp.zeros((1, *shape)))
+
+    def loss(self, params, batch, instance, key):
+        x, y = batch
+        return cross_entropy(self._net.apply(params, x), y)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConv(Task):
+    """Classifies images with a small convolutional network.
+
+    Each hidden layer is a 3x3 convolution of stride 2, a LayerNorm over height, width
+    and channels, and the activation; the last one is averaged over the image and read
+    out linearly.
+
+    Attributes:
+        dataset: a key of `tasks.data.DATASETS`.
+        widths: channels of the hidden layers.
+        batch_size: images per step, drawn with replacement.
+        activation: "relu", "tanh", "gelu" or "silu".
+        image_size: side that the images are resized to; None leaves them alone.
+
+    >>> task = ImageConv(widths=(8,))
+    >>> params = task.init((), jax.random.key(0))
+    >>> params["conv2_d"]["w"].shape
+    (3, 3, 1, 8)
+    """
+
+    dataset: str = "digits"
+    widths: tuple[int, ...] = (16, 32)
+    batch_size: int = 128
+    activation: str = "relu"
+    image_size: int | None = None
+
+    def __post_init__(self):
+        _check(self)
+
+    @functools.cached_property
+    def _net(self):
+        activation = getattr(jax.nn, self.activation)
+        classes = datasets.num_classes(self.dataset)
+
+        def conv(x):
+            for width in self.widths:
+                x = hk.Conv2D(width, kernel_shape=3, stride=2)(x)
+                norm = hk.LayerNorm((1, 2, 3), True, True, param_axis=3)
+                x = activation(norm(x))
+            return hk.Linear(classes)(x.mean((1, 2)))
+
+        return hk.without_apply_rng(hk.transform(conv))
+
+    def load(self):
+        return load_images(self.dataset, self.image_size)
+
+    def batch(self, instance, data, key, *, split="train"):
+        peak = datasets.DATASETS[self.dataset].peak
+        part = getattr(data, split)
+        return draw_images(part, key, batch_size=self.batch_size, peak=peak)
+
+    def init(self, instance, key):
+        shape = image_shape(self.dataset, self.image_size)
+        return self._net.init(key, jnp.zeros((1, *shape)))
+
+    def loss(self, params, batch, instance, key):
+        x, y = batch
+        return cross_entropy(self._net.apply(params, x), y)

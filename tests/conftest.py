@@ -1,0 +1,36 @@
+"""Settings of the whole suite; they must stand before the first import of JAX."""
+
+import os
+import pathlib
+import socket
+
+import hypothesis
+
+_CACHE = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "jax"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=4",
+        "--xla_backend_optimization_level=1",
+    ]
+).strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+_connect = socket.socket.connect
+
+
+def _connect_locally(self, address):
+    host = address[0] if isinstance(address, tuple) else "localhost"
+    if host not in ("localhost", "127.0.0.1", "::1"):
+        raise RuntimeError(f"Tests must not use the network, tried {address!r}.")
+    return _connect(self, address)
+
+
+socket.socket.connect = _connect_locally
+
+hypothesis.settings.register_profile("metaopt", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("metaopt")

@@ -1,0 +1,101 @@
+"""Every learner through one conformance table, and the rules of horizons."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tasks
+from metaopt.learner import LogUniform, StepOut, TrainTask, draw_length, unroll
+from metaopt.optimizers import MLP, Fixed, Hyper, SmallFC
+from metaopt.testing import ConformanceError, Quadratic, check_learner
+from tests import toys
+
+SGD = Hyper("sgd", log=(("learning_rate", 0.1),))
+
+LEARNERS = [
+    TrainTask(Quadratic(3), SGD, horizon=6),
+    TrainTask(Quadratic(3), SGD, horizon=6, meta_loss="final"),
+    TrainTask(Quadratic(3), SmallFC(), horizon=LogUniform(4, 8)),
+    TrainTask(tasks.get("image-mlp"), MLP(), horizon=3, meta_split="valid"),
+    toys.InfluenceBalancing(horizon=5),
+    toys.LearningRateSchedule(horizon=5),
+    toys.LinearSystem(),
+]
+
+
+@pytest.mark.parametrize("learner", LEARNERS, ids=lambda x: type(x).__name__)
+def test_conformance(learner):
+    check_learner(learner)
+
+
+class Growing(toys.LinearSystem):
+    def step(self, theta, state, data, key):
+        return jnp.concatenate([state, state]), StepOut(jnp.sum(state), jnp.float32(1))
+
+
+class Unweighted(toys.LinearSystem):
+    def step(self, theta, state, data, key):
+        return state, StepOut(jnp.sum(theta), jnp.float32(2.0))
+
+
+class VectorLoss(toys.LinearSystem):
+    def step(self, theta, state, data, key):
+        return state, StepOut(theta, jnp.float32(1.0))
+
+
+class IntegerTheta(toys.LinearSystem):
+    def init_theta(self, key):
+        return jnp.zeros(self.dim, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("learner", "complaint"),
+    [
+        (Growing(), "step changes its state"),
+        (Unweighted(), "weights must average to 1"),
+        (VectorLoss(), "StepOut.loss must be a float scalar"),
+        (IntegerTheta(), "theta must be floating"),
+    ],
+)
+def test_broken_learners_are_named(learner, complaint):
+    with pytest.raises(ConformanceError, match=complaint):
+        check_learner(learner)
+
+
+def test_training_follows_the_rule():
+    task = toys.FixedQuadratic()
+    learner = TrainTask(task, Fixed("sgd", (("learning_rate", 0.1),)), horizon=5)
+    state = learner.reset((), (), jax.random.key(0), length=5)
+    state, out = unroll(learner, (), state, (), jax.random.key(1), length=5)
+    h, x0 = np.asarray(task.curvatures), np.asarray(task.start)
+    x = x0 * (1 - 0.1 * h) ** np.arange(6)[:, None]
+    np.testing.assert_allclose(state.params, x[-1], rtol=1e-5)
+    np.testing.assert_allclose(out.loss, 0.5 * np.sum(h * x[:-1] ** 2, 1), rtol=1e-5)
+    assert int(state.step) == 5
+
+
+def test_log_uniform_horizons():
+    draw = jax.vmap(lambda key: draw_length(LogUniform(20, 2000), 20, key))
+    lengths = np.asarray(draw(jax.random.split(jax.random.key(0), 20_000)))
+    assert lengths.min() == 20 and lengths.max() == 2000
+    assert np.all(lengths % 20 == 0)
+    # Equal shares per decade, up to rounding to whole windows.
+    np.testing.assert_allclose(np.mean(lengths < 200), 0.5, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TrainTask(SGD, SGD), "task must be a Task"),
+        (lambda: TrainTask(Quadratic(), Quadratic()), "optimizer must be a Learned"),
+        (lambda: TrainTask(Quadratic(), SGD, horizon=0), "horizon must be at least 1"),
+        (lambda: TrainTask(Quadratic(), SGD, horizon=1.5), "horizon must be an int"),
+        (lambda: LogUniform(10, 5), "maximum must be at least 10"),
+        (lambda: TrainTask(Quadratic(), SGD, meta_split="test"), "meta_split must be"),
+        (lambda: TrainTask(Quadratic(), SGD, meta_loss="last"), "meta_loss must be"),
+    ],
+)
+def test_bad_input_is_named(build, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        build()
