@@ -7,7 +7,6 @@ import optax
 
 from metaopt import validate
 from metaopt.estimators import (
-    FullES,
     FullUnroll,
     GradientEstimator,
     Mixture,
@@ -112,10 +111,7 @@ class MetaTrain:
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self):
-        for learner in learners(self.estimator):
-            validate.instance(
-                "learner", learner, TrainTask, "TrainTask(task, optimizer)"
-            )
+        learners(self.estimator)  # raises if it trains something else
         validate.integer("num_steps", self.num_steps)
         validate.integer("seed", self.seed, minimum=0)
         if self.checkpoint_seconds is not None:
@@ -128,12 +124,17 @@ def parts(estimator: GradientEstimator) -> tuple[OverTasks, ...]:
     """Returns the estimators of a mixture, or the one there is."""
     if isinstance(estimator, Mixture):
         return tuple(p for e in estimator.estimators for p in parts(e))
+    validate.instance("estimator", estimator, OverTasks, "PES(learner)")
+    assert isinstance(estimator, OverTasks)
     return (estimator,)
 
 
 def learners(estimator: GradientEstimator) -> tuple[TrainTask, ...]:
     """Returns what each part of the estimator trains."""
-    return tuple(part.learner for part in parts(estimator))
+    found = [part.learner for part in parts(estimator)]
+    for learner in found:
+        validate.instance("learner", learner, TrainTask, "TrainTask(task, optimizer)")
+    return tuple(x for x in found if isinstance(x, TrainTask))
 
 
 def inner_steps(estimator: GradientEstimator) -> int:
@@ -143,6 +144,6 @@ def inner_steps(estimator: GradientEstimator) -> int:
 
 def _inner_steps(part: OverTasks) -> int:
     runs = {FullUnroll: 1, TruncatedBackprop: 1, TruncatedES: 3}.get(type(part), 2)
-    whole = isinstance(part, FullES | FullUnroll)
-    steps = longest(part.learner.horizon) if whole else part.window
+    # Estimators without windows unroll whole episodes.
+    steps = getattr(part, "window", longest(part.learner.horizon))
     return runs * part.num_tasks * steps

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import pathlib
+import types
 import typing
 from typing import Annotated, Any, TypeVar
 
@@ -51,7 +52,7 @@ def parse(default: Config, arguments: list[str], *, command: str) -> Config:
         default=default,
         args=arguments,
         prog=command,
-        description=inspect.getdoc(type(default)).partition("\n")[0],
+        description=(inspect.getdoc(type(default)) or "").partition("\n")[0],
         registry=_REGISTRY,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
@@ -89,7 +90,7 @@ def _narrow(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return type(value)
     if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
-        return tuple[tuple(type(v) for v in value)]
+        return types.GenericAlias(tuple, tuple(type(v) for v in value))
     if any(map(dataclasses.is_dataclass, typing.get_args(hint))):
         return type(value)
     return hint

@@ -85,8 +85,8 @@ def _evaluation(axis: Any, comparison: "Comparison") -> None:
     everything = []
     for colour, row in zip(_COLOURS, comparison.rows, strict=False):
         curves = row.curves
-        values = curves.eval_loss if name is None else 1 - curves.eval_metrics[name]
-        values = np.asarray(values, float)
+        shown = curves.eval_loss if name is None else 1 - curves.eval_metrics[name]
+        values = np.asarray(shown, float)
         _band(axis, curves.eval_step, values, colour, row.name)
         everything.append(values.ravel())
     label = "test loss" if name is None else f"test 1 - {name}"

@@ -18,7 +18,7 @@ class Progress:
         """Starts at `step` of `num_steps`, with `inner` inner steps per step."""
         self._console = Console()
         self._inner, self._total, self._step = inner, num_steps, step
-        self._loss, self._weight, self._last_line = 0.0, 0.0, -math.inf
+        self._loss, self._weight, self._last_line = 0.0, 0.0, 0.0
         self._first, self._start = step, time.monotonic()
         self._bar: Bar | None = None
 
@@ -26,6 +26,7 @@ class Progress:
         """Prints `message` and starts the clock, now that `step` is done."""
         self._console.print(message, highlight=False)
         self._first, self._start = step, time.monotonic()
+        self._last_line = self._start
         if self._console.is_terminal:
             columns = [
                 BarColumn(),
@@ -60,10 +61,11 @@ class Progress:
         )
 
     def close(self) -> None:
-        """Takes the bar away and leaves one last line."""
+        """Takes the bar away and leaves one last line, if a step was taken."""
         if self._bar:
             self._bar.stop()
-        print(f"step {self._step}/{self._total}  {self.text()}", flush=True)
+        if self._weight:
+            print(f"step {self._step}/{self._total}  {self.text()}", flush=True)
 
 
 def _thousands(rate: float) -> str:

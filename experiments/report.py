@@ -18,6 +18,7 @@ from experiments.config import Evaluation, MetaTrain, learners
 from experiments.run import read_metrics
 from metaopt import evaluate
 from metaopt._files import write_atomically
+from metaopt.augment import Reparametrised
 from metaopt.learner import longest
 from metaopt.optimizers import Hyper
 from metaopt.optimizers.base import LearnedOptimizer
@@ -48,7 +49,7 @@ class Row(NamedTuple):
         """Returns the final numbers of every seed."""
         numbers = {
             "train loss": evaluate.final_loss(self.curves),
-            "mean over run": self.curves.loss.mean(-1),
+            "mean of run": self.curves.loss.mean(-1),
             "test loss": self.curves.eval_loss[:, -1],
         }
         metrics = self.curves.eval_metrics
@@ -113,7 +114,9 @@ def tasks_to_compare(config: MetaTrain) -> Iterator[tuple[Task, int]]:
     """Yields each task that was trained on, unaugmented, and its number of steps."""
     seen = set()
     for learner in learners(config.estimator):
-        task = getattr(learner.task, "task", learner.task)
+        task = learner.task
+        if isinstance(task, Reparametrised):
+            task = task.task
         if task not in seen:
             seen.add(task)
             yield task, config.evaluation.num_steps or longest(learner.horizon)
@@ -150,10 +153,10 @@ def compare(
             score=criterion,
         )
         scores[criterion] = tuned.score.tolist()
-        found.setdefault(tuned.index, (criterion, tuned.theta))
+        found.setdefault(tuned.best, (criterion, tuned.theta))
     for index, (criterion, best) in found.items():
-        why = "" if len(found) == 1 else f", best {criterion} loss"
-        entries.append((f"Adam, rate {RATES[index]:.2g}{why}", adam, best))
+        why = "" if len(found) == 1 else f", best {criterion}"
+        entries.append((f"Adam {RATES[index]:.2g}{why}", adam, best))
     divisors = [n for n in range(1, num_steps + 1) if num_steps % n == 0]
     every = min(divisors, key=lambda n: abs(num_steps / n - _EVALS))
     rows = []
@@ -181,7 +184,7 @@ def table(comparison: Comparison) -> Table:
         "median and range",
         show_lines=True,
     )
-    result.add_column("")
+    result.add_column("", no_wrap=True)
     for name in comparison.rows[0].summary():
         result.add_column(name, justify="right")
     for row in comparison.rows:
@@ -227,7 +230,7 @@ def _cell(values: list[float]) -> str:
     if not finite:
         return "diverged"
     lost = len(values) - len(finite)
-    text = f"{np.median(finite):.3g}\n{min(finite):.2g} to {max(finite):.2g}"
+    text = f"{np.median(finite):.3g}\n{min(finite):.2g} - {max(finite):.2g}"
     return f"{text}\n{lost} diverged" if lost else text
 
 

@@ -82,13 +82,13 @@ class Tuned(NamedTuple):
 
     Attributes:
         theta: the best of the grid.
-        index: its position in the grid.
+        best: its position in the grid.
         score: score of every theta, lower is better, `[grid]`.
         curves: curves of every theta, leaves `[grid, ...]`.
     """
 
     theta: chex.ArrayTree
-    index: int
+    best: int
     score: np.ndarray
     curves: Curves
 

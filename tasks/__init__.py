@@ -5,15 +5,19 @@ from typing import Any
 from metaopt import validate
 from metaopt.task import Task
 from tasks.images import ImageConv, ImageMLP
+from tasks.motion import Motion
 from tasks.quadratic import NoisyQuadratic, Quadratic
 from tasks.sinusoid import Sinusoid
+from tasks.test_functions import Objective
 from tasks.two_moons import TwoMoons
 
 __all__ = [
     "TASKS",
     "ImageConv",
     "ImageMLP",
+    "Motion",
     "NoisyQuadratic",
+    "Objective",
     "Quadratic",
     "Sinusoid",
     "TwoMoons",
@@ -23,7 +27,9 @@ __all__ = [
 TASKS: dict[str, type[Task]] = {
     "image-conv": ImageConv,
     "image-mlp": ImageMLP,
+    "motion": Motion,
     "noisy-quadratic": NoisyQuadratic,
+    "objective": Objective,
     "quadratic": Quadratic,
     "sinusoid": Sinusoid,
     "two-moons": TwoMoons,

@@ -9,6 +9,8 @@ import hypothesis
 _CACHE = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "jax"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Reading the cache logs an error per program about features that are no real ones.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),

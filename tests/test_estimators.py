@@ -223,7 +223,11 @@ def test_influence_balancing_is_solved_without_truncation_bias(estimator, steps)
     ("estimator", "expected", "tolerance"),
     [
         (TruncatedBackprop(toys.InfluenceBalancing(), 1, window=1), 3.26, 0.01),
-        (TruncatedES(toys.InfluenceBalancing(), 500, 500, window=1, std=0.1), 3.256, 0.02),
+        (
+            TruncatedES(toys.InfluenceBalancing(), 500, 500, window=1, std=0.1),
+            3.256,
+            0.02,
+        ),
     ],
 )
 def test_influence_balancing_misleads_short_windows(estimator, expected, tolerance):
@@ -254,7 +258,7 @@ def test_schedule_toy_is_the_published_one():
     np.testing.assert_allclose(np.linalg.norm(grad), 4.3, atol=0.1)
     # 552.26 in float64; float32 rounding grows to a few units in this chaotic valley.
     np.testing.assert_allclose(schedule_loss([2.72, -4.2])[0], 552.26, atol=15)
-    assert np.linalg.norm(schedule_loss([1.0, 1.0])[1]) > 1e30
+    assert np.abs(schedule_loss([1.0, 1.0])[1]).max() > 1e30
 
 
 @pytest.mark.parametrize(
@@ -331,7 +335,10 @@ def test_mixture_outlives_a_component_that_diverges():
         (lambda: PES(LEARNER, 4, window=0), "window must be at least 1"),
         (lambda: PES(RANDOM, 4, window=9), "must not exceed the shortest horizon"),
         (lambda: PES(LEARNER, 4, window=4, std=0.0), "std must lie in"),
-        (lambda: NRES(LEARNER, 4, window=4, window_loss="finl"), "Did you mean 'final'"),
+        (
+            lambda: NRES(LEARNER, 4, window=4, window_loss="finl"),
+            "Did you mean 'final'",
+        ),
         (lambda: FullES(LEARNER, 0), "num_tasks must be at least 1"),
         (lambda: FullES(LEARNER, 4, block=0), "block must be at least 1"),
         (lambda: FullUnroll(toys.FixedQuadratic(), 4), "learner must be a Learner"),

@@ -104,9 +104,9 @@ def test_tune_scores_a_grid_by_its_closed_form(score):
     expected = losses[:, -2:].mean(1) if score == "final" else losses.mean(1)
     np.testing.assert_allclose(found.score[:-1], expected, rtol=1e-3)
     assert found.score[-1] == np.inf
-    assert found.index == np.argmin(expected)
+    assert found.best == np.argmin(expected)
     best = float(jnp.exp(found.theta["learning_rate"]))
-    assert best == pytest.approx(rates[found.index], rel=1e-5)
+    assert best == pytest.approx(rates[found.best], rel=1e-5)
     assert found.curves.loss.shape == (5, 2, 20)
 
 
@@ -123,8 +123,8 @@ def test_the_two_scores_can_disagree():
     )
     final = [values(rate, range(36, 40)).mean() for rate in (0.27, 0.47)]
     mean = [values(rate, range(40)).mean() for rate in (0.27, 0.47)]
-    assert run("final").index == int(np.argmin(final))
-    assert run("mean").index == int(np.argmin(mean))
+    assert run("final").best == int(np.argmin(final))
+    assert run("mean").best == int(np.argmin(mean))
     assert np.argmin(final) != np.argmin(mean)
 
 

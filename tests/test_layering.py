@@ -13,7 +13,7 @@ LAYERS = (
     ("task",),
     ("optimizers.base",),
     ("learner",),
-    ("optimizers", "estimators", "baselines"),
+    ("optimizers", "estimators", "baselines", "augment"),
     ("train", "evaluate", "checkpoint"),
     ("fewshot", "stability", "interpret", "testing"),
     ("registry",),

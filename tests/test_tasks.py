@@ -18,6 +18,8 @@ from tasks.two_moons import draw_moons
 SMALL = {
     "image-conv": {"widths": (4,), "batch_size": 4},
     "image-mlp": {"batch_size": 4},
+    "motion": {"links": 3, "knots": 4, "steps": 20},
+    "objective": {"functions": ("ackley", "perm"), "dim": 2, "max_dim": 4},
     "two-moons": {"widths": (4,), "batch_size": 4, "samples": 8},
     "sinusoid": {"widths": (4,), "batch_size": 4},
 }

@@ -82,8 +82,8 @@ class Mixture:
             ]
             return jnp.where(total > 0, sum(parts), jnp.nan)
 
-        metrics = {"diverged": sum(e.metrics["diverged"] for e in estimates)}
-        metrics["diverged"] = metrics["diverged"] / len(estimates)
+        diverged = jnp.stack([e.metrics["diverged"] for e in estimates])
+        metrics = {"diverged": jnp.mean(diverged)}
         for i, estimate in enumerate(estimates):
             metrics[f"loss_{i}"] = estimate.loss
         grad = jax.tree.map(mean, *[e.grad for e in estimates])

@@ -5,8 +5,8 @@ Formulas are those of Metz et al., 2022, https://arxiv.org/abs/2203.11860.
 """
 
 import math
+from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,7 @@ TIMESCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 
 _FLOOR = 1e-9
 _EPS = 1e-5
+_PARTS = 4
 
 
 def time_features(step: jax.Array) -> jax.Array:
@@ -46,83 +47,97 @@ def factored_axes(shape: tuple[int, ...]) -> tuple[int, int]:
     return int(order[-2]), int(order[-1])
 
 
-def init_factored(shape: tuple[int, ...], num_decays: int):
-    """Returns the zero accumulators `(row, col)` of a tensor of rank 2 or more.
+def init_factored(shape: tuple[int, ...], k: int) -> tuple[jax.Array, jax.Array]:
+    """Returns zero accumulators `(row, col)` of `k` decays for a tensor of rank >= 2.
 
-    `row` lacks the largest axis of `shape` and `col` the second largest.
+    `row` lacks the largest axis of `shape`, `col` the second largest.
     """
     d1, d0 = factored_axes(shape)
     row, col = (tuple(np.delete(shape, axis)) for axis in (d0, d1))
-    return jnp.zeros((num_decays, *row)), jnp.zeros((num_decays, *col))
+    return jnp.zeros((k, *row)), jnp.zeros((k, *col))
 
 
-def average_factored(row, col, square, decays):
+def average_factored(
+    row: jax.Array, col: jax.Array, square: jax.Array, decays: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Moves `row` and `col` towards the means of `square` `[*shape]` over one axis."""
     d1, d0 = factored_axes(square.shape)
-    row = average(row, jnp.mean(square, axis=d0), decays)
-    return row, average(col, jnp.mean(square, axis=d1), decays)
+    row = average(row, _sum(square, d0) / square.shape[d0], decays)
+    return row, average(col, _sum(square, d1) / square.shape[d1], decays)
 
 
-def row_and_col_factors(row, col, shape):
-    """Returns the factors `R` and `C`, like `row` and `col`.
+def factors(
+    row: jax.Array, col: jax.Array, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `R` like `row` and `C` like `col`.
 
-    `R * C` approximates the inverse root of the averaged squared gradient.
+    Their product approximates the inverse root of the averaged squared gradient.
     """
     d1, d0 = factored_axes(shape)
     axis = 1 + (d1 - 1 if d1 > d0 else d1)
-    mean = jnp.mean(row, axis=axis, keepdims=True)
-    row = jax.lax.rsqrt(jnp.maximum(row / (mean + _FLOOR), _FLOOR))
-    return row, jax.lax.rsqrt(jnp.maximum(col, _FLOOR))
+    share = row / (jnp.mean(row, axis=axis, keepdims=True) + _FLOOR)
+    return safe_rsqrt(share), safe_rsqrt(col)
 
 
-def init_network(key: jax.Array, sizes: tuple[int, ...]) -> dict[str, chex.ArrayTree]:
-    """Draws the weights of an MLP with layers of `sizes`, inputs and outputs included.
-
-    Weights are truncated normal with standard deviation `1 / sqrt(inputs)`, biases 0.
-
-    Returns:
-        `{"linear_0": {"w": [inputs, outputs], "b": [outputs]}, ...}`.
-    """
-    theta = {}
-    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-        key, draw = jax.random.split(key)
-        w = jax.random.truncated_normal(draw, -2.0, 2.0, (fan_in, fan_out))
-        theta[f"linear_{i}"] = {
-            "w": w / jnp.sqrt(jnp.float32(fan_in)),
-            "b": jnp.zeros(fan_out),
-        }
-    return theta
+def safe_rsqrt(x: jax.Array) -> jax.Array:
+    """Returns `1 / sqrt(max(x, 1e-9))`."""
+    return jax.lax.rsqrt(jnp.maximum(x, _FLOOR))
 
 
-def update_from_features(rule, network, groups, step):
-    """Returns the update `-step_size * d * exp(magnitude_scale * m)` of one tensor.
+def inverse_rms(mean_square: jax.Array) -> jax.Array:
+    """Returns the scale that divides features by their root mean square."""
+    return jax.lax.rsqrt(_EPS + mean_square)
 
-    The normalising scales are folded into the first layer, and each group of features
-    enters it on its own, so features of rows and columns are never copied per element.
+
+def mean_squares(
+    squares: Callable[..., list[jax.Array]], *arrays: jax.Array
+) -> jax.Array:
+    """Returns the mean over all elements of each array in `squares(*arrays)`.
+
+    Written so that XLA fuses each sum into one vectorised loop on the CPU: parts of the
+    leading axis are added element by element, what is left meets a vector of ones.
 
     Args:
-        rule: the optimizer; gives `step_size` and `magnitude_scale`.
-        network: weights as made by `init_network`; its inputs are the features of
-            `groups` in order, then the time features.
-        groups: arrays `[features, *shape]` of which `shape` may have sizes 1.
-        step: updates made so far, `[]` int32.
+        squares: computes squared features, elementwise.
+        *arrays: its inputs, of one shape; leading axes may be 1 instead.
     """
-    layers = [network[f"linear_{i}"] for i in range(len(network))]
-    first = layers[0]["w"]
-    time = time_features(step) @ first[-len(TIMESCALES) :] + layers[0]["b"]
-    hidden, start = time.reshape((-1,) + (1,) * (groups[0].ndim - 1)), 0
-    for x in groups:
-        scale = normaliser(x)
-        w = first[start : start + len(x)] * scale[:, None]
-        hidden = hidden + jnp.tensordot(w, x, axes=(0, 0))
-        start += len(x)
-    for layer in layers[1:]:
-        bias = layer["b"].reshape((-1,) + (1,) * (hidden.ndim - 1))
-        hidden = jnp.tensordot(layer["w"], jax.nn.relu(hidden), axes=(0, 0)) + bias
-    return -rule.step_size * hidden[0] * jnp.exp(rule.magnitude_scale * hidden[1])
+    shape = jnp.broadcast_shapes(*(x.shape for x in arrays))
+    parts = min(_PARTS, shape[0])
+    size = shape[0] // parts
+
+    def part(start, stop):
+        cut = [x if x.shape[0] == 1 else x[start:stop] for x in arrays]
+        return squares(*(arrays if shape[0] == 1 else cut))
+
+    totals = part(0, size)
+    for i in range(1, parts):
+        added = part(i * size, (i + 1) * size)
+        totals = [x + y for x, y in zip(totals, added, strict=True)]
+    sums = [jnp.sum(_sum_last(x)) for x in totals]
+    if parts * size < shape[0]:
+        rest = part(parts * size, shape[0])
+        sums = [s + jnp.sum(_sum_last(x)) for s, x in zip(sums, rest, strict=True)]
+    return jnp.stack(sums) / math.prod(shape)
 
 
-def normaliser(x):
-    """Returns `1 / sqrt(1e-5 + mean(x**2))` of each feature of `[features, *shape]`."""
-    axes = tuple(range(1, x.ndim))
-    return jax.lax.rsqrt(_EPS + jnp.mean(x * x, axis=axes))
+def _sum_last(x: jax.Array) -> jax.Array:
+    ones = jnp.ones(x.shape[-1], x.dtype)
+    return jnp.dot(x, ones, precision=jax.lax.Precision.HIGHEST)
+
+
+def _sum(x: jax.Array, axis: int) -> jax.Array:
+    """Sums over one axis; the loops that XLA makes of it vectorise on the CPU."""
+    if axis == x.ndim - 1:
+        return _sum_last(x)
+    while (size := x.shape[axis]) > 1:
+        width = -(-size // (4 * _PARTS))
+        cuts = range(0, size, width)
+        parts = [
+            jax.lax.slice_in_dim(x, c, min(c + width, size), axis=axis) for c in cuts
+        ]
+        if short := width - parts[-1].shape[axis]:
+            padding = [(0, 0)] * x.ndim
+            padding[axis] = (0, short)
+            parts[-1] = jnp.pad(parts[-1], padding)
+        x = sum(parts[1:], parts[0])
+    return jnp.squeeze(x, axis=axis)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from metaopt import validate
 from metaopt.optimizers import features
 from metaopt.optimizers.base import LearnedOptimizer
+from metaopt.optimizers.network import init_network, network_update
 
 
 class MLPState(NamedTuple):
@@ -61,7 +62,7 @@ class MLP(LearnedOptimizer):
 
     def init_theta(self, key):
         inputs = 2 + len(self.decays) + len(features.TIMESCALES)
-        return features.init_network(key, (inputs, *self.widths, 2))
+        return init_network(key, (inputs, *self.widths, 2))
 
     def init(self, theta, params, *, num_steps=None, key=None):
         del theta, num_steps, key
@@ -71,21 +72,25 @@ class MLP(LearnedOptimizer):
 
     def update(self, theta, grads, state, params, *, value=None, **extra):
         del value, extra
-        decays = jnp.asarray(self.decays)
-
-        def momentum(m, g):
-            return features.average(m, g.astype(jnp.float32), decays)
-
-        def step(g, p, m):
+        treedef = jax.tree.structure(params)
+        columns = (grads, params, state.momenta)
+        leaves = zip(*(treedef.flatten_up_to(c) for c in columns), strict=True)
+        decays, first = jnp.asarray(self.decays), theta["linear_0"]
+        n = len(features.TIMESCALES)
+        bias = features.time_features(state.step) @ first["w"][-n:] + first["b"]
+        updates, momenta = [], []
+        for g, p, m in leaves:
+            m = features.average(m, g.astype(jnp.float32), decays)
+            momenta.append(m)
             if p.size == 0:
-                return p
-            x = jnp.stack(
-                [g.astype(jnp.float32).ravel(), p.astype(jnp.float32).ravel()]
-            )
-            x = jnp.concatenate([x, m.reshape(len(m), -1)])
-            update = features.update_from_features(self, theta, [x], state.step)
-            return update.reshape(p.shape).astype(p.dtype)
-
-        momenta = jax.tree.map(momentum, state.momenta, grads)
-        updates = jax.tree.map(step, grads, params, momenta)
-        return updates, MLPState(state.step + 1, momenta)
+                updates.append(p)
+                continue
+            shape = p.shape or (1,)
+            x = [a.astype(jnp.float32).reshape(shape) for a in (g, p, *m)]
+            mean_square = features.mean_squares(lambda *x: [a * a for a in x], *x)
+            w = first["w"][:-n] * features.inverse_rms(mean_square)[:, None]
+            start = bias.reshape((-1,) + (1,) * len(shape))
+            update = network_update(self, theta, w, x, [start])
+            updates.append(update.reshape(p.shape).astype(p.dtype))
+        state = MLPState(state.step + 1, treedef.unflatten(momenta))
+        return treedef.unflatten(updates), state

@@ -37,15 +37,14 @@ class Recurrent(LearnedOptimizer):
     initial hidden state starts at zero too. The update gate of the GRU weighs the
     candidate, the forget gate of the LSTM has an extra bias of 1.
 
-    One step keeps `state_size` floats per parameter. Two published rules, up to
-    constants that their papers leave open (`output_scale` of the first, widths as in
-    the public demo; the initial states of the second, which are zero there):
+    The state takes `state_size` floats per parameter. Published rules, as
+    reconstructions where their papers leave a constant open:
 
-    - the GRU of the reverse-engineering study: `Recurrent()`, 12,801 weights, and
-      `Recurrent(hidden=256)`, 198,657 weights;
+    - the GRU of the reverse-engineering study: `Recurrent()` with 12,801 weights as in
+      its public demo, or `Recurrent(hidden=256)` with 198,657; `output_scale` is open;
     - the LSTM of Andrychowicz et al.: `Recurrent("lstm", hidden=20, layers=2,
-      preprocess="log-sign", output_scale=0.1, first_order=True)`, 5,221 weights of
-      which 80 are the initial state.
+      preprocess="log-sign", output_scale=0.1, first_order=True)`, 5,221 weights, of
+      which 80 are the initial state; zero readout and learned initial state are ours.
 
     Attributes:
         cell: "gru" or "lstm".
@@ -96,13 +95,13 @@ class Recurrent(LearnedOptimizer):
     def _network(self):
         def network(x, h):
             parts = jnp.split(h, self.state_size // self.hidden, axis=-1)
+            states: list[hk.LSTMState] | list[jax.Array] = parts
             if self.cell == "lstm":
                 pairs = zip(parts[::2], parts[1::2], strict=True)
-                cell, state = hk.LSTM, tuple(hk.LSTMState(*pair) for pair in pairs)
-            else:
-                cell, state = hk.GRU, tuple(parts)
-            layers = [cell(self.hidden) for _ in range(self.layers)]
-            y, state = hk.DeepRNN(layers)(x, state)
+                states = [hk.LSTMState(*pair) for pair in pairs]
+            cell = {"gru": hk.GRU, "lstm": hk.LSTM}[self.cell]
+            layers = [cell(self.hidden) for _ in states]
+            y, state = hk.DeepRNN(layers)(x, tuple(states))
             readout = hk.Linear(1, w_init=jnp.zeros, name="readout")
             h = jnp.concatenate(jax.tree.leaves(state), axis=-1)
             return h, self.output_scale * readout(y)[..., 0]

@@ -63,10 +63,11 @@ class RNNMLP(LearnedOptimizer):
     exp(magnitude_scale * m)`. The default has 35,799 weights, of which 162 are the
     learned initial messages and states; those start at zero.
 
-    A validation loss may be passed to `update` as `valid_value=`; the LSTM reads the
-    average of those given so far (decay 0.95) in units of the training loss, and 0
-    before the first. Tensors of more than four axes show the sizes of the first four.
-    Both are choices where the description is silent.
+    Of the loss the LSTM reads the distance from its average (decay 0.9) in standard
+    deviations, clipped to 5. A validation loss may be passed to `update` as
+    `valid_value=`; the average of those given so far (decay 0.95) is read in the same
+    units, 0 before the first. Tensors of more than four axes show the first four sizes.
+    The last two rules and the start at zero are reconstructions.
 
     Attributes:
         width: units of the LSTM.
@@ -117,18 +118,22 @@ class RNNMLP(LearnedOptimizer):
 
         return hk.without_apply_rng(hk.transform(network))
 
+    @functools.cached_property
+    def _mlp(self):
+        mlp = lambda x: hk.nets.MLP((*self.widths, 2 + self.from_mlp))(x)
+        return hk.without_apply_rng(hk.transform(mlp))
+
     def init_theta(self, key):
         lstm_key, mlp_key = jax.random.split(key)
         start = jnp.zeros((2, self.width))
         x = jnp.zeros(_TENSOR_STATISTICS + self.from_mlp + self.from_lstm)
         own = 3 + 4 * len(self.decays) + len(features.TIMESCALES) + 3
-        sizes = (own + self.to_mlp, *self.widths, 2 + self.from_mlp)
         return {
             "initial_from_lstm": jnp.zeros(self.from_lstm),
             "initial_from_mlp": jnp.zeros(self.from_mlp),
             "initial_lstm": start,
             "lstm": self._lstm.init(lstm_key, x, hk.LSTMState(*start)),
-            "mlp": features.init_network(mlp_key, sizes),
+            "mlp": self._mlp.init(mlp_key, jnp.zeros(own + self.to_mlp)),
         }
 
     def init(self, theta, params, *, num_steps=None, key=None):
@@ -169,8 +174,8 @@ class RNNMLP(LearnedOptimizer):
         tensors = [t for t in zip(leaves, *columns, strict=True) if t[0].size]
 
         shared = jnp.concatenate([losses, state.from_lstm])
-        x = [jnp.concatenate([_statistics(*t), shared]) for t in tensors]
-        x = jnp.concatenate([jnp.stack(x), state.from_mlp], axis=1)
+        rows = [jnp.concatenate([_statistics(*t), shared]) for t in tensors]
+        x = jnp.concatenate([jnp.stack(rows), state.from_mlp], axis=1)
         to_mlp, to_lstm, lstm = self._lstm.apply(theta["lstm"], x, state.lstm)
         times = jnp.sin(state.step / (jnp.pi * jnp.asarray(features.TIMESCALES)))
         for_all = jnp.append(times, math.log(len(tensors)) - 1.0)
@@ -206,7 +211,7 @@ class RNNMLP(LearnedOptimizer):
         size = jnp.stack([jnp.log(norm(w) + 1e-8), jnp.log(jnp.float32(w.size))])
         context = jnp.concatenate([context, size])
 
-        layers = [weights[f"linear_{i}"] for i in range(len(weights))]
+        layers = [weights[f"mlp/~/linear_{i}"] for i in range(len(weights))]
         first, last = layers[0]["w"], layers[-1]
         # What all elements share enters the first layer once, as its bias.
         bias = context @ first[len(own) :] + layers[0]["b"]

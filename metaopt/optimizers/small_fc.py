@@ -10,6 +10,29 @@ import jax.numpy as jnp
 from metaopt import validate
 from metaopt.optimizers import features
 from metaopt.optimizers.base import LearnedOptimizer
+from metaopt.optimizers.network import init_network, network_update
+
+
+class _Decays(NamedTuple):
+    momentum: jax.Array
+    factored: jax.Array
+    square: jax.Array
+
+
+class _Shared(NamedTuple):
+    """What all tensors of one update share: decays, network, and its first layer.
+
+    Attributes:
+        decays: decay rates.
+        network: weights of all layers.
+        weights: first layer without the time features, `[4 + 8 k, hidden]`.
+        bias: first layer's bias and time features, `[hidden]`.
+    """
+
+    decays: _Decays
+    network: chex.ArrayTree
+    weights: jax.Array
+    bias: jax.Array
 
 
 class SmallFCState(NamedTuple):
@@ -81,7 +104,7 @@ class SmallFC(LearnedOptimizer):
                 "momentum": jnp.zeros(k),
                 "square": jnp.zeros(1),
             },
-            "network": features.init_network(key, (inputs, *self.widths, 2)),
+            "network": init_network(key, (inputs, *self.widths, 2)),
         }
 
     def init(self, theta, params, *, num_steps=None, key=None):
@@ -108,66 +131,101 @@ class SmallFC(LearnedOptimizer):
         treedef = jax.tree.structure(params)
         columns = (grads, params, state.momenta, state.square, state.row, state.col)
         leaves = zip(*(treedef.flatten_up_to(c) for c in columns), strict=True)
-        results = [self._update_leaf(theta, state.step, *leaf) for leaf in leaves]
+        shared = self._shared(theta, state.step)
+        results = [self._update_leaf(shared, *leaf) for leaf in leaves]
         updates, *state_leaves = zip(*results, strict=True) if results else [()] * 5
         new_state = (treedef.unflatten(x) for x in state_leaves)
         return treedef.unflatten(updates), SmallFCState(state.step + 1, *new_state)
 
-    def _update_leaf(self, theta, step, g, p, m, v, row, col):
+    def _shared(self, theta, step):
+        """Computes what all tensors share."""
+        offsets = theta["decays"]
+        start = (*self.decays, *self.decays, self.square_decay)
+        names = ("momentum", "factored", "square")
+        decays = jnp.concatenate([offsets[name] for name in names])
+        decays = features.learned_decays(start, decays)
+        k = len(self.decays)
+        squared = jnp.clip(decays[k:], 0.0, 1.0)
+        first = theta["network"]["linear_0"]
+        n = len(features.TIMESCALES)
+        bias = features.time_features(step) @ first["w"][-n:] + first["b"]
+        decays = _Decays(decays[:k], squared[:k], squared[k])
+        return _Shared(decays, theta["network"], first["w"][:-n], bias)
+
+    def _update_leaf(self, shared, g, p, m, v, row, col):
         if p.size == 0:
             return p, m, v, row, col
         dtype, shape = p.dtype, p.shape
         g, p = g.astype(jnp.float32), p.astype(jnp.float32)
-        offsets = theta["decays"]
-        decays = features.learned_decays(self.decays, offsets["momentum"])
-        fdecays = jnp.clip(
-            features.learned_decays(self.decays, offsets["factored"]), 0, 1
-        )
-        vdecay = jnp.clip(
-            features.learned_decays((self.square_decay,), offsets["square"]), 0, 1
-        )
-        m = features.average(m, g, decays)
-        v = features.average(v[None], g * g, vdecay)[0]
-        gg = g * g + 1e-30
-        if g.ndim < 2:
-            row = features.average(row, gg, fdecays)
-            inv = jax.lax.rsqrt(v + 1e-6)
-            fac_g = g * jax.lax.rsqrt(jnp.maximum(row + 1e-9, 1e-9))
-            ir = jax.lax.rsqrt(row + 1e-8)
-            x = jnp.concatenate(
-                [
-                    g[None],
-                    p[None],
-                    m,
-                    v[None],
-                    m * inv,
-                    inv[None],
-                    fac_g,
-                    row,
-                    row,
-                    ir,
-                    ir,
-                    m * jax.lax.rsqrt(row + 1e-6),
-                ]
-            )
-            x = x.reshape(len(x), -1)
-            update = features.update_from_features(self, theta["network"], [x], step)
+        decays = shared.decays
+        m = features.average(m, g, decays.momentum)
+        v = decays.square * v + (1.0 - decays.square) * (g * g)
+        square = g * g + 1e-30
+        if len(shape) < 2:
+            row = features.average(row, square, decays.factored)
+            flat = (x.reshape(*x.shape[: x.ndim - len(shape)], -1) for x in (g, p, m, v, row))
+            update = self._update_vector(shared, *flat)
         else:
-            row, col = features.average_factored(row, col, gg, fdecays)
-            r, c = features.row_and_col_factors(row, col, shape)
-            d1, d0 = features.factored_axes(shape)
-            rr, cc = jnp.expand_dims(row, 1 + d0), jnp.expand_dims(col, 1 + d1)
-            rc = jnp.expand_dims(r, 1 + d0) * jnp.expand_dims(c, 1 + d1)
-            inv = jax.lax.rsqrt(v + 1e-6)
-            groups = [
-                jnp.concatenate(
-                    [g[None], p[None], m, v[None], m * inv, inv[None], g * rc]
-                ),
-                rr,
-                cc,
-                jax.lax.rsqrt(rr + 1e-8),
-                jax.lax.rsqrt(cc + 1e-8),
-                m * rc,
-            ]
-            update = features.update_from_features(self, theta["network"], groups, step)
+            row, col = features.average_factored(row, col, square, decays.factored)
+            update = self._update_factored(shared, g, p, m, v, row, col)
         return update.reshape(shape).astype(dtype), m, v, row, col
+
+    def _update_vector(self, shared, g, p, m, v, row):
+        """Updates a vector; row and column features are the same there."""
+        inverse = jax.lax.rsqrt(v + 1e-6)
+        normalised = g * features.safe_rsqrt(row + 1e-9)
+        x = [g[None], p[None], m, v[None], m * inverse, inverse[None], normalised]
+        x += [row, jax.lax.rsqrt(row + 1e-8), m * jax.lax.rsqrt(row + 1e-6)]
+        x = jnp.concatenate(x)
+        mean_square = jnp.dot(x * x, jnp.ones(g.size), precision="highest") / g.size
+        w, k = shared.weights, len(self.decays)
+        own, double, last = jnp.split(w, [4 + 3 * k, 4 + 7 * k])
+        double = double.reshape(2, 2, k, -1).sum(axis=1).reshape(2 * k, -1)
+        w = jnp.concatenate([own, double, last])
+        w = w * features.inverse_rms(mean_square)[:, None]
+        bias = shared.bias[:, None]
+        return network_update(self, shared.network, w, list(x), [bias])
+
+    def _update_factored(self, shared, g, p, m, v, row, col):
+        """Updates a matrix or a tensor of higher rank."""
+        k, shape = len(self.decays), g.shape
+        d1, d0 = features.factored_axes(shape)
+        own, rows, cols, rows_inverse, cols_inverse, last = jnp.split(
+            shared.weights, [4 + 3 * k, 4 + 4 * k, 4 + 5 * k, 4 + 6 * k, 4 + 7 * k]
+        )
+        start = [
+            _linear(jnp.concatenate([rows, rows_inverse]), row, d0),
+            _linear(jnp.concatenate([cols, cols_inverse]), col, d1),
+        ]
+        start[0] += shared.bias.reshape((-1,) + (1,) * len(shape))
+        r, c = features.factors(row, col, shape)
+        r, c = jnp.expand_dims(r, 1 + d0), jnp.expand_dims(c, 1 + d1)
+        # One array per decay: slices of a stack would be computed again at each use.
+        m, r, c = list(m), list(r), list(c)
+        inverse = jax.lax.rsqrt(v + 1e-6)
+
+        def squares(g, p, v, inverse, *rest):
+            m, r, c = rest[:k], rest[k : 2 * k], rest[2 * k :]
+            factors = [a * b for a, b in zip(r, c, strict=True)]
+            x = _inputs(g, p, m, v, inverse, factors)
+            return [y * y for y in x]
+
+        mean_square = features.mean_squares(squares, g, p, v, inverse, *m, *r, *c)
+        x = _inputs(g, p, m, v, inverse, [a * b for a, b in zip(r, c, strict=True)])
+        w = jnp.concatenate([own, last]) * features.inverse_rms(mean_square)[:, None]
+        return network_update(self, shared.network, w, x, start)
+
+
+def _inputs(g, p, m, v, inverse, factors):
+    """Returns the features that differ from element to element, in their order."""
+    x = [g, p, *m, v, *(a * inverse for a in m), inverse]
+    x += [g * f for f in factors]
+    return x + [a * f for a, f in zip(m, factors, strict=True)]
+
+
+def _linear(weights, accumulator, axis):
+    """Applies the first layer to `x` and `1 / sqrt(x)` of a row or column average."""
+    x = jnp.concatenate([accumulator, jax.lax.rsqrt(accumulator + 1e-8)])
+    mean_square = jnp.mean(x * x, axis=tuple(range(1, x.ndim)))
+    weights = weights * features.inverse_rms(mean_square)[:, None]
+    return jnp.expand_dims(jnp.tensordot(weights, x, axes=(0, 0)), 1 + axis)

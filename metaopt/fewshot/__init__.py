@@ -1,0 +1,66 @@
+"""Few-shot learning: learners to meta-train, and predictors to compare."""
+
+from metaopt.fewshot.adaptation import Adaptation
+from metaopt.fewshot.classical import (
+    GradientBoosting,
+    GreedyTree,
+    LogisticRegression,
+    NearestNeighbours,
+)
+from metaopt.fewshot.closed_form import (
+    Averaging,
+    Lasso,
+    LeastSquares,
+    Ridge,
+    bayes_ridge,
+)
+from metaopt.fewshot.compare import Comparison, compare
+from metaopt.fewshot.descent import GDPlusPlus, GradientDescent
+from metaopt.fewshot.episodes import (
+    Episode,
+    FunctionFamily,
+    FunctionTask,
+    as_task,
+    prediction_error,
+    split_episode,
+)
+from metaopt.fewshot.implicit_maml import ImplicitMAML
+from metaopt.fewshot.maml import ANIL, MAML, FirstOrderMAML, MetaSGD, MetaSGDTheta
+from metaopt.fewshot.model import Model, Network
+from metaopt.fewshot.predictors import Predictor
+from metaopt.fewshot.reptile import Reptile
+from metaopt.fewshot.scratch import TrainFromScratch
+
+__all__ = [
+    "ANIL",
+    "MAML",
+    "Adaptation",
+    "Averaging",
+    "Comparison",
+    "Episode",
+    "FirstOrderMAML",
+    "FunctionFamily",
+    "FunctionTask",
+    "GDPlusPlus",
+    "GradientBoosting",
+    "GradientDescent",
+    "GreedyTree",
+    "ImplicitMAML",
+    "Lasso",
+    "LeastSquares",
+    "LogisticRegression",
+    "MetaSGD",
+    "MetaSGDTheta",
+    "Model",
+    "NearestNeighbours",
+    "Network",
+    "Predictor",
+    "Reptile",
+    "Ridge",
+    "TrainFromScratch",
+    "as_task",
+    "bayes_ridge",
+    "compare",
+    "prediction_error",
+    "split_episode",
+]

@@ -1,0 +1,90 @@
+"""Training from scratch, as a predictor: how optimizers enter the comparison."""
+
+import dataclasses
+
+import chex
+import jax
+import optax
+
+from metaopt import validate
+from metaopt.fewshot.model import Model
+from metaopt.fewshot.predictors import Predictor
+from metaopt.optimizers import LearnedOptimizer
+
+
+def train_step(
+    model: Model,
+    optimizer: LearnedOptimizer,
+    theta: chex.ArrayTree,
+    params: chex.ArrayTree,
+    opt_state: chex.ArrayTree,
+    x: jax.Array,
+    y: jax.Array,
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    """Takes one step on the examples; returns the new params and optimizer state."""
+    loss, grads = jax.value_and_grad(model.loss)(params, x, y)
+    updates, opt_state = optimizer.update(theta, grads, opt_state, params, value=loss)
+    return optax.apply_updates(params, updates), opt_state
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainFromScratch:
+    """Trains a fresh model on the examples of an episode, then answers.
+
+    To meta-train the optimizer for this, train it on `as_task(family, model)`.
+
+    Attributes:
+        model: what is trained, from random parameters.
+        optimizer: any optimizer, hand-designed ones as `Fixed`.
+        steps: training steps.
+        batch_size: examples per step, drawn with replacement; None for all of them.
+
+    >>> from metaopt.fewshot import Network
+    >>> from metaopt.optimizers import Fixed
+    >>> adam = Fixed("adam", (("learning_rate", 0.01),))
+    >>> predict = TrainFromScratch(Network(widths=(8,)), adam, steps=5).predictor()
+    >>> ones = jax.numpy.ones
+    >>> x, y, x_query = ones((5, 3)), ones(5), ones((4, 3))
+    >>> predict(x, y, x_query, jax.random.key(0)).shape
+    (4,)
+    """
+
+    model: Model
+    optimizer: LearnedOptimizer
+    steps: int = 100
+    batch_size: int | None = None
+
+    def __post_init__(self):
+        validate.instance("model", self.model, Model, "Network()")
+        validate.instance("optimizer", self.optimizer, LearnedOptimizer, "SmallFC()")
+        validate.integer("steps", self.steps)
+        if self.batch_size is not None:
+            validate.integer("batch_size", self.batch_size)
+
+    def predictor(self, theta: chex.ArrayTree = ()) -> Predictor:
+        """Returns the predictor.
+
+        Args:
+            theta: meta-parameters of the optimizer, `()` if it has none; they travel
+                as an argument into compiled programs.
+        """
+        return jax.tree_util.Partial(self._predict, theta)
+
+    def _predict(self, theta, x, y, x_query, key):
+        params_key, optimizer_key, batch_key = jax.random.split(key, 3)
+        params = self.model.init(params_key, x)
+        opt_state = self.optimizer.init(
+            theta, params, num_steps=self.steps, key=optimizer_key
+        )
+
+        def body(carry, key):
+            batch = x, y
+            if self.batch_size is not None:
+                index = jax.random.randint(key, (self.batch_size,), 0, x.shape[0])
+                batch = x[index], y[index]
+            step = train_step(self.model, self.optimizer, theta, *carry, *batch)
+            return step, None
+
+        keys = jax.random.split(batch_key, self.steps)
+        (params, _), _ = jax.lax.scan(body, (params, opt_state), keys)
+        return self.model.apply(params, x_query)
