@@ -19,11 +19,15 @@ def cache_dir() -> pathlib.Path:
 
 def prepare() -> None:
     """Sets what the user has not set: one CPU device per core, a compilation cache."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
+    wanted = {
         # XLA leaves all cores but one idle on the small bodies of inner loops.
-        count = f"--xla_force_host_platform_device_count={cores()}"
-        os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
+        "xla_force_host_platform_device_count": cores(),
+        # Half the time to compile, and inner loops that are no slower.
+        "xla_backend_optimization_level": 1,
+    }
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    flags += [f"--{name}={x}" for name, x in wanted.items() if name not in flags[0]]
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
     defaults = {
         "JAX_COMPILATION_CACHE_DIR": str(cache_dir()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

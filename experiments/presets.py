@@ -6,6 +6,7 @@ Nothing is imported until a preset is built, so that listing them is quick.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -85,6 +86,7 @@ def _images_pes() -> MetaTrain:
             optimizer,
             horizon=LogUniform(100, 1000),
             meta_split="valid",
+            loss_cap=1.5 * math.log(10),
         )
         for task in tasks
     ]

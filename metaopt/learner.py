@@ -160,6 +160,9 @@ class TrainTask:
         horizon: length of a training run in inner steps, fixed or log-uniform.
         meta_split: "train" or "valid", the data the meta-loss is measured on.
         meta_loss: "mean" of the losses of a run, or the "final" one.
+        loss_cap: largest loss of a step that enters the meta-loss, None for no limit;
+            bounds what a diverging run adds to the meta-gradient. For a classifier
+            1.5 times the log of the number of classes is usual.
 
     >>> import jax
     >>> from metaopt.optimizers import Hyper
@@ -177,6 +180,7 @@ class TrainTask:
     horizon: Horizon = 100
     meta_split: str = "train"
     meta_loss: str = "mean"
+    loss_cap: float | None = None
 
     def __post_init__(self):
         validate.instance("task", self.task, Task, "tasks.get('quadratic')")
@@ -184,6 +188,8 @@ class TrainTask:
         check_horizon(self.horizon)
         validate.one_of("meta_split", self.meta_split, ("train", "valid"))
         validate.one_of("meta_loss", self.meta_loss, ("mean", "final"))
+        if self.loss_cap is not None:
+            validate.number("loss_cap", self.loss_cap)
 
     def load(self):
         return self.task.load()
@@ -217,6 +223,8 @@ class TrainTask:
             batch_key, loss_key = jax.random.split(valid_key)
             batch = task.batch(instance, data, batch_key, split="valid")
             loss, _ = task.loss(params, batch, instance, loss_key)
+        if self.loss_cap is not None:
+            loss = jnp.minimum(loss, self.loss_cap)
         if self.meta_loss == "final":
             weight = jnp.where(count + 1 == length, length, 0).astype(jnp.float32)
         else:

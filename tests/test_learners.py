@@ -75,6 +75,19 @@ def test_training_follows_the_rule():
     assert int(state.step) == 5
 
 
+def test_loss_cap_bounds_the_meta_loss_and_not_the_training():
+    rule = Fixed("sgd", (("learning_rate", 5.0),))
+    runs = []
+    for cap in (None, 2.0):
+        learner = TrainTask(toys.FixedQuadratic(), rule, horizon=6, loss_cap=cap)
+        state = learner.reset((), (), jax.random.key(0), length=6)
+        runs.append(unroll(learner, (), state, (), jax.random.key(1), length=6))
+    (free, free_out), (capped, capped_out) = runs
+    assert free_out.loss[-1] > 100
+    np.testing.assert_allclose(capped_out.loss, np.minimum(free_out.loss, 2.0))
+    np.testing.assert_array_equal(capped.params, free.params)
+
+
 def test_log_uniform_horizons():
     draw = jax.vmap(lambda key: draw_length(LogUniform(20, 2000), 20, key))
     lengths = np.asarray(draw(jax.random.split(jax.random.key(0), 20_000)))
@@ -94,6 +107,7 @@ def test_log_uniform_horizons():
         (lambda: LogUniform(10, 5), "maximum must be at least 10"),
         (lambda: TrainTask(Quadratic(), SGD, meta_split="test"), "meta_split must be"),
         (lambda: TrainTask(Quadratic(), SGD, meta_loss="last"), "meta_loss must be"),
+        (lambda: TrainTask(Quadratic(), SGD, loss_cap="1"), "loss_cap must be a number"),
     ],
 )
 def test_bad_input_is_named(build, message):

@@ -7,20 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt.optimizers import MLP, SmallFC, features
+from metaopt.optimizers import MLP, SmallFC, features, network
 
 SCALES = [1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000]
 SHAPES = {
     "scalar": (),
-    "one": (1,),
     "vector": (5,),
     "matrix": (3, 4),
-    "tall": (6, 2),
     "square": (4, 4),
     "rank3": (2, 5, 3),
     "cube": (3, 3, 3),
     "kernel": (3, 3, 2, 4),
     "singleton": (1, 7, 1, 1),
+    "long": (101, 2),
 }
 
 
@@ -96,8 +95,12 @@ class SmallFCReference:
                 self.row[i] = self.col[i] = b * self.row[i] + (1 - b) * s
                 factors.append(1 / np.sqrt(np.maximum(self.row[i] + 1e-9, 1e-9)))
                 continue
-            row = np.repeat(s.mean(self.d0, keepdims=True), self.shape[self.d0], self.d0)
-            col = np.repeat(s.mean(self.d1, keepdims=True), self.shape[self.d1], self.d1)
+            row = np.repeat(
+                s.mean(self.d0, keepdims=True), self.shape[self.d0], self.d0
+            )
+            col = np.repeat(
+                s.mean(self.d1, keepdims=True), self.shape[self.d1], self.d1
+            )
             self.row[i] = b * self.row[i] + (1 - b) * row
             self.col[i] = b * self.col[i] + (1 - b) * col
             mean = self.row[i].mean(self.d1, keepdims=True)
@@ -143,7 +146,9 @@ def test_update_equals_numpy(name):
     references = {k: reference(theta64, s) for k, s in SHAPES.items()}
     state, update = rule.init(theta, params), jax.jit(rule.update)
     for size in (1.0, 1e-3, 1e2, 0.0):
-        grads = {k: np.float32(size * rng.standard_normal(s)) for k, s in SHAPES.items()}
+        grads = {
+            k: np.float32(size * rng.standard_normal(s)) for k, s in SHAPES.items()
+        }
         updates, state = update(theta, grads, state, params)
         for k in SHAPES:
             expected = references[k].update(
@@ -153,6 +158,58 @@ def test_update_equals_numpy(name):
                 updates[k], expected, rtol=2e-5, atol=1e-8, err_msg=f"{name} {k}"
             )
         params = {k: params[k] + np.asarray(updates[k]) for k in SHAPES}
+
+
+@pytest.mark.parametrize("shape", [(50,), (7, 3), (5, 4, 2)])
+def test_chunks_of_the_network_change_nothing(shape, monkeypatch):
+    rule, theta = CASES["SmallFC wide"][0], _theta(CASES["SmallFC wide"][0], 7)
+    params, grads = np.random.default_rng(8).standard_normal((2, *shape)).astype("f4")
+    whole, _ = rule.update(theta, grads, rule.init(theta, params), params)
+    monkeypatch.setattr(network, "_CHUNK", 16)
+    chunked, _ = rule.update(theta, grads, rule.init(theta, params), params)
+    np.testing.assert_allclose(chunked, whole, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["MLP", "SmallFC"])
+def test_theta_gradient_equals_finite_differences_of_numpy(name):
+    rule, reference = CASES[name]
+    theta, rng = _theta(rule, 5), np.random.default_rng(6)
+    shapes = {"vector": (5,), "matrix": (9, 4)}
+    params = {k: rng.standard_normal(s).astype("f4") for k, s in shapes.items()}
+    grads = {k: rng.standard_normal((2, *s)).astype("f4") for k, s in shapes.items()}
+    direction = jax.tree.map(lambda x: rng.standard_normal(x.shape), theta)
+
+    def moved(theta):
+        start = (params, rule.init(theta, params))
+
+        def body(carry, g):
+            p, state = carry
+            updates, state = rule.update(theta, g, state, p)
+            return (jax.tree.map(jnp.add, p, updates), state), None
+
+        (p, _), _ = jax.lax.scan(body, start, grads)
+        return sum(
+            1e3 * jnp.sum(jnp.sin(jnp.arange(x.size)) * x.ravel()) for x in p.values()
+        )
+
+    def moved_in_numpy(size):
+        theta64 = jax.tree.map(lambda x, d: np.float64(x) + size * d, theta, direction)
+        total = 0.0
+        for k, s in shapes.items():
+            rule64, p = reference(theta64, s), params[k].astype(np.float64)
+            for g in grads[k].astype(np.float64):
+                p = p + rule64.update(g, p)
+            total += 1e3 * np.sum(np.sin(np.arange(p.size)) * p.ravel())
+        return total
+
+    expected = (moved_in_numpy(1e-6) - moved_in_numpy(-1e-6)) / 2e-6
+    gradient = jax.jit(jax.grad(moved))(theta)
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+    reverse = sum(np.sum(np.asarray(g) * d) for g, d in pairs)
+    assert reverse == pytest.approx(expected, rel=1e-3)
+    tangent = jax.tree.map(jnp.float32, direction)
+    _, forward = jax.jit(lambda t, d: jax.jvp(moved, (t,), (d,)))(theta, tangent)
+    assert float(forward) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ the same run say how far each is from what the machine can do.
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import time
+
+from experiments import backend
 
 
 def main() -> None:
@@ -19,12 +20,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--block", type=int, help="default: the library's")
-    parser.add_argument("--devices", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--out", default=None, help="JSON file to write")
     args = parser.parse_args()
-    flag = f"--xla_force_host_platform_device_count={args.devices}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    backend.prepare()
     rows = measure(args.rounds, args.block, args.only)
     print_table(rows)
     if args.out:

@@ -1,4 +1,4 @@
-"""Classical predictors that are not linear regression; the last ones run on the host."""
+"""Classical predictors other than linear regression; trees are grown on the host."""
 
 import dataclasses
 
@@ -116,7 +116,9 @@ class GreedyTree:
     def __call__(self, x, y, x_query, key):
         x, y, x_query, seed = _host(x, y, x_query, key)
         tree = _sklearn("tree")
-        kind = tree.DecisionTreeRegressor if y.ndim == 1 else tree.DecisionTreeClassifier
+        kind = (
+            tree.DecisionTreeRegressor if y.ndim == 1 else tree.DecisionTreeClassifier
+        )
         if self.signs:
             x, x_query = np.sign(x), np.sign(x_query)
         return _fit(kind(max_depth=self.max_depth, random_state=seed), x, y, x_query)

@@ -46,7 +46,7 @@ class Ridge:
 
     >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> y = jnp.array([2.0, 4.0])
-    >>> Ridge(strength=1.0)(x, y, jnp.ones((1, 2)), None).tolist()
+    >>> Ridge(strength=1.0)(x, y, jnp.ones((1, 2)), None).round(4).tolist()
     [3.0]
     """
 

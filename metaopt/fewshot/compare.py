@@ -101,8 +101,8 @@ def compare(
     data = family.load() if data is None else data
     largest = dataclasses.replace(family, num_examples=max(num_examples))
     episode_key, predictor_key = jax.random.split(key)
-    draw = jax.jit(jax.vmap(functools.partial(draw_episode, largest, data)))
-    episodes = draw(jax.random.split(episode_key, num_episodes))
+    draw = jax.vmap(functools.partial(draw_episode, largest), in_axes=(None, 0))
+    episodes = jax.jit(draw)(data, jax.random.split(episode_key, num_episodes))
     keys = jax.random.split(predictor_key, num_episodes)
     return {
         name: _measure(family, predictor, tuple(num_examples), episodes, keys)
@@ -148,10 +148,7 @@ def _run(family, predictor, episodes: Episode, keys):
         flops = count_flops(predictor, *one)
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
         start = time.perf_counter()
-        predictions = [
-            predictor(*jax.tree.map(lambda a, i=i: a[i], arguments))
-            for i in range(len(keys))
-        ]
+        predictions = [predictor(*one) for one in zip(*arguments, strict=True)]
         seconds, flops = time.perf_counter() - start, None
         prediction = jnp.stack(predictions)
     else:

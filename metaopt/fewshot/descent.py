@@ -63,7 +63,7 @@ class GDPlusPlus:
     >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> predict = GDPlusPlus(steps=2, learning_rate=1.0, whitening=0.5)
     >>> predict(x, jnp.array([2.0, 4.0]), jnp.eye(2), None).tolist()
-    [1.1875, 2.375]
+    [1.125, 2.25]
     """
 
     steps: int = 2
@@ -84,7 +84,12 @@ class GDPlusPlus:
             w = rate * (x.T @ residual)
             gram = x.T @ x
             whiten = lambda a: a - self.whitening * (a @ gram)
-            return whiten(x), residual - x @ w, whiten(x_query), prediction + x_query @ w
+            return (
+                whiten(x),
+                residual - x @ w,
+                whiten(x_query),
+                prediction + x_query @ w,
+            )
 
         prediction = jnp.zeros((x_query.shape[0], *y.shape[1:]), x.dtype)
         start = x, y, x_query, prediction

@@ -106,7 +106,9 @@ def draw_episode(
 
 def split_episode(x: jax.Array, y: jax.Array, num_examples: int) -> Episode:
     """Makes the first `num_examples` points examples and the others questions."""
-    return Episode(x[:num_examples], y[:num_examples], x[num_examples:], y[num_examples:])
+    return Episode(
+        x[:num_examples], y[:num_examples], x[num_examples:], y[num_examples:]
+    )
 
 
 def prediction_error(

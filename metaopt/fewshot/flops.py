@@ -11,15 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_ARITHMETIC = frozenset(
-    """abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil cos cosh cumsum
+_ARITHMETIC = """
+    abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil cos cosh cumsum
     cumprod div erf erf_inv erfc exp exp2 expm1 floor integer_pow lgamma log log1p
     logistic max min mul neg pow rem round rsqrt sign sin sinh sqrt square sub tan tanh
-    """.split()
-)
-_REDUCTIONS = frozenset(
-    "argmax argmin reduce_max reduce_min reduce_prod reduce_sum".split()
-)
+"""
+_REDUCTIONS = "argmax argmin reduce_max reduce_min reduce_prod reduce_sum"
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> float:
@@ -73,7 +70,9 @@ def _programs(value: Any) -> list[Any]:
 
 
 def _primitive(name: str, eqn: Any) -> float:
-    first, out = eqn.invars[0].aval if eqn.invars else None, eqn.outvars[0].aval
+    if not eqn.invars:
+        return 0
+    first, out = eqn.invars[0].aval, eqn.outvars[0].aval
     if name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2 * out.size * math.prod(first.shape[i] for i in contracted)
@@ -86,9 +85,9 @@ def _primitive(name: str, eqn: Any) -> float:
         if name == "triangular_solve":
             columns = eqn.invars[1].aval.shape[-1]
         return math.prod(batch) * _FACTORISATIONS[name](rows, columns)
-    if name in _ARITHMETIC and jnp.issubdtype(out.dtype, jnp.floating):
+    if name in _ARITHMETIC.split() and jnp.issubdtype(out.dtype, jnp.floating):
         return out.size
-    if name in _REDUCTIONS and jnp.issubdtype(first.dtype, jnp.floating):
+    if name in _REDUCTIONS.split() and jnp.issubdtype(first.dtype, jnp.floating):
         return first.size
     return 0
 

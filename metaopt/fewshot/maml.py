@@ -94,7 +94,7 @@ def _descend(params, grads, learning_rate):
 
 
 def _partition(params, mask):
-    """Splits the leaves in two lists of None and arrays, so no gradient is wasted."""
+    """Splits the tree in two, each None where the other has an array."""
     inside = jax.tree.map(lambda p, m: p if m else None, params, mask)
     outside = jax.tree.map(lambda p, m: None if m else p, params, mask)
     return inside, outside

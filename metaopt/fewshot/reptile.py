@@ -22,6 +22,9 @@ from metaopt.fewshot.scratch import train_step
 from metaopt.learner import StepOut
 from metaopt.optimizers import Fixed
 
+# That of the paper's experiments, without momentum.
+_ADAM = Fixed("adam", (("learning_rate", 1e-3), ("b1", 0.0)))
+
 
 class ReptileState(NamedTuple):
     """The state of one adaptation.
@@ -67,7 +70,7 @@ class Reptile:
     family: FunctionFamily
     model: Model
     steps: int = 5
-    optimizer: Fixed = Fixed("adam", (("learning_rate", 1e-3), ("b1", 0.0)))
+    optimizer: Fixed = _ADAM
 
     def __post_init__(self):
         check_model(self.family, self.model)
@@ -99,14 +102,15 @@ class Reptile:
         del data, key
         episode, params, opt_state, count, length = state
         params, opt_state = jax.lax.stop_gradient(
-            train_step(
-                self.model, self.optimizer, (), params, opt_state, *episode[:2]
-            )
+            self._train(params, opt_state, episode.x, episode.y)
         )
         gap = jax.tree.map(jnp.subtract, theta, params)
         loss = 0.5 * optax.tree.norm(gap, squared=True)
         state = ReptileState(episode, params, opt_state, count + 1, length)
         return state, StepOut(loss, last_step_weight(count, length))
+
+    def _train(self, params, opt_state, x, y):
+        return train_step(self.model, self.optimizer, (), params, opt_state, x, y)
 
     def predictor(
         self, theta: chex.ArrayTree, *, steps: int | None = None
@@ -123,7 +127,8 @@ class Reptile:
             del key
 
             def body(carry, _):
-                return train_step(self.model, self.optimizer, (), *carry, x, y), None
+                params, opt_state = carry
+                return self._train(params, opt_state, x, y), None
 
             start = theta, self.optimizer.init((), theta)
             (params, _), _ = jax.lax.scan(body, start, None, length=length)

@@ -78,12 +78,15 @@ class TrainFromScratch:
         )
 
         def body(carry, key):
-            batch = x, y
+            params, opt_state = carry
+            x_now, y_now = x, y
             if self.batch_size is not None:
                 index = jax.random.randint(key, (self.batch_size,), 0, x.shape[0])
-                batch = x[index], y[index]
-            step = train_step(self.model, self.optimizer, theta, *carry, *batch)
-            return step, None
+                x_now, y_now = x[index], y[index]
+            after = train_step(
+                self.model, self.optimizer, theta, params, opt_state, x_now, y_now
+            )
+            return after, None
 
         keys = jax.random.split(batch_key, self.steps)
         (params, _), _ = jax.lax.scan(body, (params, opt_state), keys)

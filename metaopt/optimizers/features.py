@@ -4,6 +4,7 @@ An accumulator with `k` decays holds `k` averages in a leading axis, `[k, *shape
 Formulas are those of Metz et al., 2022, https://arxiv.org/abs/2203.11860.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -89,6 +90,7 @@ def inverse_rms(mean_square: jax.Array) -> jax.Array:
     return jax.lax.rsqrt(_EPS + mean_square)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def mean_squares(
     squares: Callable[..., list[jax.Array]], *arrays: jax.Array
 ) -> jax.Array:
@@ -118,6 +120,16 @@ def mean_squares(
         rest = part(parts * size, shape[0])
         sums = [s + jnp.sum(_sum_last(x)) for s, x in zip(sums, rest, strict=True)]
     return jnp.stack(sums) / math.prod(shape)
+
+
+@mean_squares.defjvp
+def _mean_squares_jvp(squares, primals, tangents):
+    # The derivative of the parts would be many times their size.
+    def means(*arrays):
+        return jnp.stack([jnp.mean(x) for x in squares(*arrays)])
+
+    _, tangent = jax.jvp(means, primals, tangents)
+    return mean_squares(squares, *primals), tangent
 
 
 def _sum_last(x: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """The small networks that learned optimizers apply to every parameter."""
 
+import functools
+import itertools
 import math
 from typing import Protocol
 
@@ -37,7 +39,7 @@ def init_network(key: jax.Array, sizes: tuple[int, ...]) -> dict[str, chex.Array
         `{"linear_0": {"w": [inputs, outputs], "b": [outputs]}, ...}`.
     """
     theta = {}
-    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         key, draw = jax.random.split(key)
         w = jax.random.truncated_normal(draw, -2.0, 2.0, (fan_in, fan_out))
         theta[f"linear_{i}"] = {
@@ -71,6 +73,10 @@ def network_update(
     rest = [layers[f"linear_{i}"] for i in range(1, len(layers))]
     if weights.shape[1] <= _UNROLLED_WIDTH:
         return _unrolled(rule, rest, weights, inputs, start)
+    return _chunked(rule, rest, weights, inputs, start)
+
+
+def _chunked(rule, rest, weights, inputs, start):
     shape = inputs[0].shape
     rows = max(1, _CHUNK // math.prod(shape[1:]))
     if rows >= shape[0]:
@@ -94,6 +100,7 @@ def network_update(
     return jnp.concatenate([head, updates[-1][chunks * rows - shape[0] :]])
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _unrolled(rule, rest, weights, inputs, start):
     hidden = []
     for j in range(weights.shape[1]):
@@ -108,6 +115,13 @@ def _unrolled(rule, rest, weights, inputs, start):
             for j in range(layer["w"].shape[1])
         ]
     return _output(rule, *hidden)
+
+
+@_unrolled.defjvp
+def _unrolled_jvp(rule, primals, tangents):
+    # XLA takes minutes to compile the derivative of the unrolled form.
+    _, tangent = jax.jvp(functools.partial(_chunked, rule), primals, tangents)
+    return _unrolled(rule, *primals), tangent
 
 
 def _matmul(rule, rest, weights, inputs, start):

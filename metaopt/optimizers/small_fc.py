@@ -113,9 +113,7 @@ class SmallFC(LearnedOptimizer):
         leaves, treedef = jax.tree.flatten(params)
         shapes = [jnp.shape(p) for p in leaves]
         factored = [
-            features.init_factored(s, k)
-            if len(s) >= 2
-            else (jnp.zeros((k, *s)), None)
+            features.init_factored(s, k) if len(s) >= 2 else (jnp.zeros((k, *s)), None)
             for s in shapes
         ]
         return SmallFCState(
@@ -142,14 +140,14 @@ class SmallFC(LearnedOptimizer):
         offsets = theta["decays"]
         start = (*self.decays, *self.decays, self.square_decay)
         names = ("momentum", "factored", "square")
-        decays = jnp.concatenate([offsets[name] for name in names])
-        decays = features.learned_decays(start, decays)
+        offset = jnp.concatenate([offsets[name] for name in names])
+        rates = features.learned_decays(start, offset)
         k = len(self.decays)
-        squared = jnp.clip(decays[k:], 0.0, 1.0)
+        squared = jnp.clip(rates[k:], 0.0, 1.0)
         first = theta["network"]["linear_0"]
         n = len(features.TIMESCALES)
         bias = features.time_features(step) @ first["w"][-n:] + first["b"]
-        decays = _Decays(decays[:k], squared[:k], squared[k])
+        decays = _Decays(rates[:k], squared[:k], squared[k])
         return _Shared(decays, theta["network"], first["w"][:-n], bias)
 
     def _update_leaf(self, shared, g, p, m, v, row, col):
@@ -163,7 +161,10 @@ class SmallFC(LearnedOptimizer):
         square = g * g + 1e-30
         if len(shape) < 2:
             row = features.average(row, square, decays.factored)
-            flat = (x.reshape(*x.shape[: x.ndim - len(shape)], -1) for x in (g, p, m, v, row))
+            flat = (
+                x.reshape(*x.shape[: x.ndim - len(shape)], -1)
+                for x in (g, p, m, v, row)
+            )
             update = self._update_vector(shared, *flat)
         else:
             row, col = features.average_factored(row, col, square, decays.factored)
@@ -174,9 +175,9 @@ class SmallFC(LearnedOptimizer):
         """Updates a vector; row and column features are the same there."""
         inverse = jax.lax.rsqrt(v + 1e-6)
         normalised = g * features.safe_rsqrt(row + 1e-9)
-        x = [g[None], p[None], m, v[None], m * inverse, inverse[None], normalised]
-        x += [row, jax.lax.rsqrt(row + 1e-8), m * jax.lax.rsqrt(row + 1e-6)]
-        x = jnp.concatenate(x)
+        parts = [g[None], p[None], m, v[None], m * inverse, inverse[None], normalised]
+        parts += [row, jax.lax.rsqrt(row + 1e-8), m * jax.lax.rsqrt(row + 1e-6)]
+        x = jnp.concatenate(parts)
         mean_square = jnp.dot(x * x, jnp.ones(g.size), precision="highest") / g.size
         w, k = shared.weights, len(self.decays)
         own, double, last = jnp.split(w, [4 + 3 * k, 4 + 7 * k])
@@ -198,10 +199,12 @@ class SmallFC(LearnedOptimizer):
             _linear(jnp.concatenate([cols, cols_inverse]), col, d1),
         ]
         start[0] += shared.bias.reshape((-1,) + (1,) * len(shape))
-        r, c = features.factors(row, col, shape)
-        r, c = jnp.expand_dims(r, 1 + d0), jnp.expand_dims(c, 1 + d1)
-        # One array per decay: slices of a stack would be computed again at each use.
-        m, r, c = list(m), list(r), list(c)
+        row_factor, col_factor = features.factors(row, col, shape)
+        # mean_squares cuts along the leading axis, so decays may not be there.
+        momenta = list(m)
+        r = list(jnp.expand_dims(row_factor, 1 + d0))
+        c = list(jnp.expand_dims(col_factor, 1 + d1))
+        factors = [a * b for a, b in zip(r, c, strict=True)]
         inverse = jax.lax.rsqrt(v + 1e-6)
 
         def squares(g, p, v, inverse, *rest):
@@ -210,8 +213,9 @@ class SmallFC(LearnedOptimizer):
             x = _inputs(g, p, m, v, inverse, factors)
             return [y * y for y in x]
 
-        mean_square = features.mean_squares(squares, g, p, v, inverse, *m, *r, *c)
-        x = _inputs(g, p, m, v, inverse, [a * b for a, b in zip(r, c, strict=True)])
+        arrays = (g, p, v, inverse, *momenta, *r, *c)
+        mean_square = features.mean_squares(squares, *arrays)
+        x = _inputs(g, p, momenta, v, inverse, factors)
         w = jnp.concatenate([own, last]) * features.inverse_rms(mean_square)[:, None]
         return network_update(self, shared.network, w, x, start)
 

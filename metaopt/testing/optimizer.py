@@ -1,6 +1,7 @@
 """check_optimizer: the contract that every learned optimizer must keep."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -119,23 +120,25 @@ def _check_update(optimizer, theta, params):
     require(len(traces) == 1, optimizer, complaint)
 
 
+def _train(optimizer, theta, params):
+    def body(carry, _):
+        params, state = carry
+        updates, state = _update(optimizer, theta, state, params)
+        return (jax.tree.map(jnp.add, params, updates), state), None
+
+    start = (params, _init(optimizer, theta, params))
+    return jax.lax.scan(body, start, length=3)[0]
+
+
 def _check_batched(optimizer, theta, params):
-    def train(theta, params):
-        def body(carry, _):
-            params, state = carry
-            updates, state = _update(optimizer, theta, state, params)
-            return (jax.tree.map(jnp.add, params, updates), state), None
-
-        start = (params, _init(optimizer, theta, params))
-        return jax.lax.scan(body, start, length=3)[0]
-
+    train = jax.jit(functools.partial(_train, optimizer))
     second = jax.tree.map(
         lambda x: 0.9 * x + jnp.asarray(0.1, x.dtype), (theta, params)
     )
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), (theta, params), second)
     batched = jax.jit(jax.vmap(train))(*stacked)
     for i, arguments in enumerate(((theta, params), second)):
-        alone = jax.jit(train)(*arguments)
+        alone = train(*arguments)
         lane = jax.tree.map(lambda x, i=i: x[i], batched)
         require(_close(lane, alone), optimizer, "vmap changes the training run.")
 
@@ -160,16 +163,8 @@ def _check_optax(optimizer, theta, params):
 
 def _check_gradient(optimizer, theta, params):
     def change(theta):
-        state = _init(optimizer, theta, params)
-        total = jnp.float32(0.0)
-        trained = params
-        for _ in range(2):
-            updates, state = _update(optimizer, theta, state, trained)
-            trained = jax.tree.map(jnp.add, trained, updates)
-            total += sum(
-                jnp.sum(u.astype(jnp.float32)) for u in jax.tree.leaves(updates)
-            )
-        return total
+        trained, _ = _train(optimizer, theta, params)
+        return sum(jnp.sum(p.astype(jnp.float32)) for p in jax.tree.leaves(trained))
 
     gradient = jax.jit(jax.grad(change))(theta)
     finite = all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradient))
