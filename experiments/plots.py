@@ -73,7 +73,7 @@ def _training(axis: Any, comparison: "Comparison") -> None:
     seeds = len(comparison.rows[0].curves.loss)
     smoothing = f", mean of {width} steps" if width > 1 else ""
     axis.set(
-        title=f"{title(comparison.task)}: median and range of {seeds} seeds",
+        title=f"{title(comparison.task)}\nmedian and range of {seeds} seeds",
         xlabel="inner steps",
         ylabel=f"training loss{smoothing}",
     )

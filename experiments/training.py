@@ -99,6 +99,7 @@ def run(launch: Launch, *, preset: str, command: str, started: float) -> int:
             return 128 + outcome.signal
         info = {
             "preset": preset,
+            "command": command.removesuffix(" --resume"),
             "steps": int(outcome.state.step),
             "seconds": round(outcome.seconds, 1),
             "config": to_config(config),
