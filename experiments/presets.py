@@ -50,18 +50,23 @@ def _quadratic_pes() -> MetaTrain:
 def _digits_pes() -> MetaTrain:
     from experiments.config import MetaTrain, Outer
     from metaopt.estimators import PES
-    from metaopt.learner import TrainTask
+    from metaopt.learner import LogUniform, TrainTask
     from metaopt.optimizers import SmallFC
     from tasks import ImageMLP
 
     # On the training loss the optimizer learns to overfit: the meta-loss is validated.
+    # One horizon alone makes it fall apart beyond: the horizon is random.
     learner = TrainTask(
-        ImageMLP("digits"), SmallFC(step_size=0.03), horizon=200, meta_split="valid"
+        ImageMLP("digits"),
+        SmallFC(step_size=0.03),
+        horizon=LogUniform(50, 1000),
+        meta_split="valid",
+        loss_cap=1.5 * math.log(10),
     )
     return MetaTrain(
         estimator=PES(learner, num_tasks=16, block=4, window=50, std=0.01),
-        outer=Outer("adam", learning_rate=1e-2, warmup=20),
-        num_steps=1000,
+        outer=Outer("adam", learning_rate=5e-3, warmup=20),
+        num_steps=1500,
     )
 
 
