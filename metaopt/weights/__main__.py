@@ -18,7 +18,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.command == "add":
         folder = pathlib.Path(__file__).parent
-        add(options.name, options.file, folder=folder, summary=options.summary)
+        try:
+            add(options.name, options.file, folder=folder, summary=options.summary)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     for name, summary in available().items():
         print(f"{name}: {summary}")
 
