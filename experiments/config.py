@@ -25,7 +25,7 @@ class Outer:
     Attributes:
         name: a factory of optax that takes a learning rate.
         learning_rate: its highest learning rate.
-        warmup: outer steps of linear warm-up from 0.
+        warmup: outer steps of linear warm-up.
         schedule: "constant", or "cosine" down to a tenth at the last step.
         clip_norm: largest norm of a meta-gradient; None for no clipping.
         weight_decay: decay of theta per step, times the learning rate.

@@ -65,12 +65,14 @@ class Comparison(NamedTuple):
         num_steps: inner steps per run.
         rows: one per optimizer, the learned one first.
         scores: Adam's score per learning rate and criterion, on the tuning seeds.
+        best: numbers of the learning rates that the rows show.
     """
 
     task: Task
     num_steps: int
     rows: list[Row]
     scores: dict[str, list[float]]
+    best: set[int]
 
 
 def finish(
@@ -98,6 +100,8 @@ def finish(
     ]
     for comparison in comparisons:
         Console().print(table(comparison))
+        if {0, len(RATES) - 1} & comparison.best:
+            print("Adam's best rate is the grid's first or last: try others too.")
     text = json.dumps(as_json(comparisons, info), indent=2)
     write_atomically(folder / "report.json", f"{text}\n".encode())
     from experiments.plots import draw
@@ -173,7 +177,7 @@ def compare(
             split="test",
         )
         rows.append(Row(name, jax.device_get(curves)))
-    return Comparison(task, num_steps, rows, scores)
+    return Comparison(task, num_steps, rows, scores, set(found))
 
 
 def table(comparison: Comparison) -> Table:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pathlib
 import platform
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 from experiments.console import CommandError, UsageError
 from metaopt._files import write_atomically
 
+# What a resumed run may have otherwise: none of it changes theta.
+_FREE_TO_CHANGE = ("config.evaluation", "config.checkpoint_")
 _PACKAGES = ("jax", "jaxlib", "numpy", "optax", "dm-haiku", "chex")
 
 
@@ -46,7 +49,12 @@ class RunDirectory:
                     f"{path} holds a run already: continue it with --resume, or choose "
                     "another folder with --out."
                 )
-            if changes := list(differences(previous, config)):
+            changes = [
+                line
+                for line in differences(previous, config)
+                if not line.startswith(_FREE_TO_CHANGE)
+            ]
+            if changes:
                 listed = "\n  ".join(changes)
                 raise UsageError(
                     f"{path} holds a run with another configuration:\n  {listed}\n"
@@ -93,7 +101,9 @@ class Metrics:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends the metrics of one step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no word for numbers that are not finite.
+        known = {n: x if math.isfinite(x) else None for n, x in values.items()}
+        self._file.write(json.dumps({"step": step, **known}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 

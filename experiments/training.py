@@ -79,17 +79,22 @@ def run(launch: Launch, *, preset: str, command: str, started: float) -> int:
     """
     config = launch.config
     record = {"command": "meta-train", "preset": preset, "config": to_config(config)}
-    folder = RunDirectory(launch.out, record, resume=launch.resume)
     try:
+        # First, so that a dataset that is missing leaves no folder behind.
         data = config.estimator.load()
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise CommandError(str(error)) from error
+    folder = RunDirectory(launch.out, record, resume=launch.resume)
+    if launch.resume and not folder.resumed:
+        print(f"{folder.path} holds no run yet: starting from step 0.")
     tx = config.outer.transformation(config.num_steps)
     mesh = task_mesh(devices_for(config))
     trainer = make_trainer(config.estimator, tx, data, mesh=mesh)
     with writing(launch.out):
         state, seconds = begin(config, trainer, tx, data, folder)
-        facts = folder.record_start(step=int(state.step), devices_used=mesh.size)
+        facts = folder.record_start(
+            started_from=int(state.step), devices_used=mesh.size
+        )
         try:
             outcome = train(config, trainer, state, folder, seconds, started)
         except MetaTrainingDiverged as error:
@@ -107,7 +112,11 @@ def run(launch: Launch, *, preset: str, command: str, started: float) -> int:
         }
         from experiments import report
 
-        report.finish(config, outcome.state, folder.path, info)
+        try:
+            report.finish(config, outcome.state, folder.path, info)
+        except KeyboardInterrupt:
+            print(f"\nMeta-training is done and saved. To evaluate:\n  {command}")
+            return 128 + signal.SIGINT
     return 0
 
 

@@ -13,6 +13,31 @@ def select(condition: jax.Array, on_true: chex.ArrayTree, on_false: chex.ArrayTr
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
+def require_like(name: str, tree: chex.ArrayTree, like: chex.ArrayTree) -> None:
+    """Raises ValueError unless `tree` has the paths and the shapes of `like`.
+
+    Args:
+        name: what to call `tree` in the message, which lists every difference.
+        tree: the pytree to check.
+        like: a pytree of arrays or `jax.ShapeDtypeStruct`s.
+    """
+    given, wanted = _shapes(tree), _shapes(like)
+    differences = [
+        f"{name}{path} must be {wanted.get(path, 'absent')}, "
+        f"is {given.get(path, 'missing')}"
+        for path in sorted(given.keys() | wanted.keys())
+        if given.get(path) != wanted.get(path)
+    ]
+    if differences:
+        raise ValueError("; ".join(differences) + ".")
+
+
+def _shapes(tree: chex.ArrayTree) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = jax.tree_util.keystr
+    return {name(path): f"of shape {jnp.shape(x)}" for path, x in leaves}
+
+
 def all_finite(tree: chex.ArrayTree) -> jax.Array:
     """Returns whether every float of the pytree is finite, `[]` bool."""
     flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]

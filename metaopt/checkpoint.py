@@ -292,7 +292,10 @@ def _newest_good(directory: pathlib.Path) -> dict[str, Any]:
         else:
             return {"body": body, "notes": notes}
     if notes:
-        raise ValueError("No checkpoint can be used: " + " ".join(notes))
+        raise ValueError(
+            f"No checkpoint can be used: {' '.join(notes)} Delete {directory} to start "
+            "again, or choose another directory."
+        )
     raise FileNotFoundError(f"There is no checkpoint in {directory}.")
 
 

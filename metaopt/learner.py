@@ -18,6 +18,10 @@ from metaopt.task import Task
 class LogUniform:
     """A random horizon: log-uniform in `[minimum, maximum]`, drawn at each reset.
 
+    Estimators that work in windows see an episode once per window, so long episodes
+    count in proportion to their length; those of whole episodes weigh all alike, and
+    always compute `maximum` steps.
+
     Attributes:
         minimum: shortest episode, in inner steps.
         maximum: longest episode, in inner steps.

@@ -9,12 +9,14 @@ from metaopt.learner import LogUniform, TrainTask
 from metaopt.optimizers.base import LearnedOptimizer
 
 OPTIMIZERS: dict[str, type[LearnedOptimizer]] = {
+    "Celo2": optimizers.Celo2,
     "Fixed": optimizers.Fixed,
     "Hyper": optimizers.Hyper,
     "MLP": optimizers.MLP,
     "NNAdam": optimizers.NNAdam,
     "RNNMLP": optimizers.RNNMLP,
     "Recurrent": optimizers.Recurrent,
+    "STAR": optimizers.STAR,
     "SmallFC": optimizers.SmallFC,
 }
 

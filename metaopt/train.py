@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from metaopt import validate
-from metaopt._tree import all_finite, select
+from metaopt._tree import all_finite, require_like, select
 from metaopt.estimators.base import GradientEstimator
 from metaopt.sharding import check_divisible, replicated, sharded, task_mesh
 
@@ -60,10 +60,15 @@ def meta_init(
         data: what `estimator.load()` returned.
         key: randomness of the whole run.
         theta: meta-parameters to start from instead of `estimator.init_theta`.
+
+    Raises:
+        ValueError: listing every difference, if `theta` is not that of the estimator.
     """
     theta_key, estimator_key, key = jax.random.split(key, 3)
     if theta is None:
         theta = estimator.init_theta(theta_key)
+    else:
+        require_like("theta", theta, jax.eval_shape(estimator.init_theta, theta_key))
     zero = jnp.int32(0)
     return MetaState(
         theta=theta,
@@ -84,12 +89,12 @@ def meta_step(
 ) -> tuple[MetaState, dict[str, jax.Array]]:
     """Takes one outer step; pure, to be jitted by the caller.
 
-    A meta-gradient that is not finite is counted and skipped: theta and the state of
-    the outer optimizer stay as they are.
+    A meta-gradient that is not finite, or whose square or update is not, is counted and
+    skipped: theta and the state of the outer optimizer stay as they are.
 
     Args:
         estimator: estimates the meta-gradient.
-        tx: the outer optimizer.
+        tx: the outer optimizer; gets the meta-loss as `value`.
         state: what `meta_init` or the last `meta_step` returned.
         data: what `estimator.load()` returned.
 
@@ -101,9 +106,13 @@ def meta_step(
     estimate, estimator_state = estimator.estimate(
         state.theta, state.estimator_state, data, key
     )
-    finite = all_finite(estimate.grad)
-    updates, opt_state = tx.update(estimate.grad, state.opt_state, state.theta)
+    # Clipping and Adam would turn a gradient whose square overflows into zeros.
+    square = optax.tree.norm(estimate.grad, squared=True)
+    updates, opt_state = optax.with_extra_args_support(tx).update(
+        estimate.grad, state.opt_state, state.theta, value=estimate.loss
+    )
     theta = optax.apply_updates(state.theta, updates)
+    finite = jnp.isfinite(square) & all_finite(theta)
     skipped = jnp.where(finite, 0, 1)
     new = MetaState(
         theta=select(finite, theta, state.theta),
@@ -116,7 +125,7 @@ def meta_step(
     )
     metrics = {
         "meta_loss": estimate.loss,
-        "grad_norm": optax.tree.norm(estimate.grad),
+        "grad_norm": jnp.sqrt(square),
         "theta_norm": optax.tree.norm(new.theta),
         "skipped": new.skipped,
         "skipped_in_a_row": new.skipped_in_a_row,
@@ -196,6 +205,10 @@ def make_trainer(
     compiled_step = concurrent.futures.ThreadPoolExecutor(1).submit(compile_step)
 
     def run_init(key, theta=None):
+        if jnp.result_type(key) != key_shape.dtype:
+            raise TypeError(
+                f"key must be a key such as jax.random.key(0), got key={key!r}."
+            )
         with jax.set_mesh(mesh):
             return settle(init(data, key, theta=theta))
 
@@ -261,8 +274,8 @@ def check_progress(metrics: dict[str, jax.Array], *, limit: int = 20) -> None:
     in_a_row = int(metrics["skipped_in_a_row"])
     if in_a_row >= limit:
         raise MetaTrainingDiverged(
-            f"The last {in_a_row} meta-gradients were not finite: every task diverges "
-            "under the current theta. Try a smaller outer learning rate, a smaller std, "
-            "gradient clipping (optax.clip_by_global_norm), or a shorter horizon; "
-            "theta is that of the last good step."
+            f"The last {in_a_row} meta-gradients were not finite: the tasks diverge "
+            "under the current theta. Try a smaller outer learning rate, a smaller "
+            "std, gradient clipping (optax.clip_by_global_norm), a loss_cap, or a "
+            "shorter horizon; theta is that of the last good step."
         )

@@ -18,6 +18,7 @@ from metaopt.estimators import (
 from metaopt.estimators.base import mean_over_tasks
 from metaopt.learner import LogUniform, TrainTask
 from metaopt.optimizers import Hyper
+from metaopt.registry import ESTIMATORS
 from metaopt.testing import Quadratic, check_estimator
 from tests import toys
 
@@ -36,6 +37,10 @@ CONFORMING = [
     NRES(RANDOM, 4, window=4, window_loss="final"),
     Mixture((PES(RANDOM, 4, window=4), FullES(RANDOM, 2)), weights=(2.0, 1.0)),
 ]
+
+
+def test_every_registered_estimator_is_in_the_tables():
+    assert {type(estimator) for estimator in CONFORMING} == set(ESTIMATORS.values())
 
 
 @pytest.mark.parametrize("estimator", CONFORMING, ids=lambda e: type(e).__name__)
@@ -129,11 +134,13 @@ def test_evolution_means(kind, window, expected):
     assert np.all(np.abs(cycles.mean(0) - expected) < 5 * error + 2e-3 * gap)
 
 
-def test_final_loss_of_an_episode():
+@pytest.mark.parametrize("window_loss", ["mean", "final"])
+def test_final_loss_of_an_episode(window_loss):
     learner = TrainTask(LEARNER.task, RULE, horizon=HORIZON, meta_loss="final")
     exact = flat(samples(FullUnroll(learner, 1), 1).grad)[0]
     np.testing.assert_allclose(exact, exact_gradient("final"), rtol=2e-4)
-    grads = flat(samples(NRES(learner, 3000, 3000, window=WINDOW), 30, skip=3).grad)
+    estimator = NRES(learner, 3000, 3000, window=WINDOW, window_loss=window_loss)
+    grads = flat(samples(estimator, 30, skip=3).grad)
     error = grads.reshape(10, 3, 2).mean(1).std(0) / np.sqrt(10)
     np.testing.assert_array_less(np.abs(grads.mean(0) - exact), 5 * error + 1e-4)
 
@@ -293,6 +300,17 @@ def test_mean_over_tasks():
     np.testing.assert_allclose(estimate.metrics["diverged"], 1 / 3)
     nothing = mean_over_tasks(grads, jnp.full(3, jnp.inf))
     assert not np.isfinite(nothing.grad["a"]).any()
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_what_happens_after_the_end_of_an_episode_does_not_count(remat):
+    rule = Hyper("sgd", log=(("learning_rate", 1e3),))
+    learner = TrainTask(Quadratic(2), rule, horizon=LogUniform(2, 40))
+    kinds = (FullUnroll(learner, 64, remat=remat), FullES(learner, 64, std=1e-6))
+    shares = [samples(kind, 1).metrics["diverged"][0] for kind in kinds]
+    # Only episodes of up to about 6 of the 40 steps stay finite.
+    assert 0.2 < shares[0] < 0.8
+    np.testing.assert_allclose(*shares, atol=0.2)
 
 
 @pytest.mark.parametrize("kind", [PES, NRES])

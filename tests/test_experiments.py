@@ -232,6 +232,20 @@ def test_another_run_is_not_overwritten(finished, tmp_path, capsys):
     assert "there is a file" in capsys.readouterr().err
 
 
+def test_metrics_are_json_even_if_they_are_not_finite(tmp_path):
+    metrics = run.Metrics(tmp_path, step=0)
+    metrics.write(1, {"meta_loss": float("nan"), "skipped": 1.0})
+    metrics.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "meta_loss": null, "skipped": 1.0}\n'
+    assert run.read_metrics(tmp_path)[0]["meta_loss"] is None
+
+
+def test_resuming_where_there_is_no_run_says_so(tmp_path, capsys):
+    assert start("--out", tmp_path / "new", "--resume", steps=1) == 0
+    assert "holds no run yet: starting from step 0" in capsys.readouterr().out
+
+
 def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
@@ -339,6 +353,7 @@ def test_a_missing_dataset_names_the_command(tmp_path, monkeypatch, capsys):
     assert main(["meta-train", "digits-pes", *words]) == 1
     message = capsys.readouterr().err
     assert "python -m experiments data prepare mnist" in message
+    assert not (tmp_path / "a").exists()
 
 
 def test_data_lists_and_refuses_unknown_names(capsys):
@@ -424,6 +439,17 @@ def test_progress_in_plain_lines(capsys):
     assert first == "ready"
     # Bias-corrected: (0.95 * 4 + 2) / 1.95.
     assert last.startswith("step 50/100  meta-loss 2.974 ") and "left" in last
+
+
+def test_a_resumed_run_may_be_evaluated_otherwise(tmp_path):
+    def claim(seeds, steps, resume=True):
+        config = {"evaluation": {"num_seeds": seeds}, "num_steps": steps}
+        run.RunDirectory(tmp_path / "a", {"config": config}, resume=resume)
+
+    claim(2, 10, resume=False)
+    claim(3, 10)
+    with pytest.raises(console.UsageError, match="10 there, 11 here"):
+        claim(3, 11)
 
 
 def test_differences_name_the_field():

@@ -86,7 +86,7 @@ def test_families_as_tasks(made):
 )
 def test_the_zero_function_has_error_one(name):
     made = family(name, num_examples=1, num_queries=1)
-    _, episode = draw(made, 20_000)
+    _, episode = draw(made, 10_000)
     errors = np.square(episode.y_query) / made.scale
     margin = 4 * errors.std() / np.sqrt(errors.size)
     assert abs(errors.mean() - 1.0) <= max(margin, 1e-6)

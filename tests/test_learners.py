@@ -107,7 +107,10 @@ def test_log_uniform_horizons():
         (lambda: LogUniform(10, 5), "maximum must be at least 10"),
         (lambda: TrainTask(Quadratic(), SGD, meta_split="test"), "meta_split must be"),
         (lambda: TrainTask(Quadratic(), SGD, meta_loss="last"), "meta_loss must be"),
-        (lambda: TrainTask(Quadratic(), SGD, loss_cap="1"), "loss_cap must be a number"),
+        (
+            lambda: TrainTask(Quadratic(), SGD, loss_cap="1"),
+            "loss_cap must be a number",
+        ),
     ],
 )
 def test_bad_input_is_named(build, message):

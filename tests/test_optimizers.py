@@ -139,6 +139,10 @@ def test_hyper_gradient_of_sgd_is_exact():
         (lambda: MLP(step_size=0.0), "step_size must lie in"),
         (lambda: SmallFC(square_decay=-0.1), "square_decay must lie in"),
         (lambda: SmallFC(magnitude_scale=float("nan")), "magnitude_scale must lie in"),
+        (
+            lambda: Fixed("sgd", (("learning_rate", float("nan")),)),
+            "learning_rate must be finite",
+        ),
     ],
 )
 def test_bad_fields_are_named(make, message):

@@ -38,14 +38,17 @@ def _network(weights, x):
     return x
 
 
-def _steps(weights, x, t):
-    """Normalises features `[n, F]`, appends time features, applies network and rule."""
+def outputs(weights, x, t):
+    """Normalises features `[n, F]`, appends time features, applies the network."""
     times = [math.tanh(t / s - 1) for s in SCALES]
     scaled = np.zeros_like(x)
     for f in range(x.shape[1]):
         scaled[:, f] = x[:, f] / math.sqrt(1e-5 + sum(x[:, f] ** 2) / len(x))
-    out = [_network(weights, [*row, *times]) for row in scaled]
-    return np.array([-1e-3 * d * math.exp(1e-3 * m) for d, m in out])
+    return [_network(weights, [*row, *times]) for row in scaled]
+
+
+def _steps(outputs):
+    return np.array([-1e-3 * d * math.exp(1e-3 * m) for d, m in outputs])
 
 
 class MLPReference:
@@ -59,7 +62,7 @@ class MLPReference:
         for i, decay in enumerate([0.1, 0.5, 0.9, 0.99, 0.999, 0.9999]):
             self.m[i] = decay * self.m[i] + (1 - decay) * g
         x = np.stack([a.reshape(-1) for a in (g, p, *self.m)], axis=1)
-        step = _steps(self.theta, x, self.t).reshape(p.shape)
+        step = _steps(outputs(self.theta, x, self.t)).reshape(p.shape)
         self.t += 1
         return step
 
@@ -116,9 +119,12 @@ class SmallFCReference:
         x += [*self.row, *self.col]
         x += [*(1 / np.sqrt(self.row + 1e-8)), *(1 / np.sqrt(self.col + 1e-8))]
         x = np.stack([a.reshape(-1) for a in x + momenta], axis=1)
-        step = _steps(self.theta["network"], x, self.t).reshape(given)
+        step = self.steps(outputs(self.theta["network"], x, self.t), g, p)
         self.t += 1
-        return step
+        return step.reshape(given)
+
+    def steps(self, outputs, g, p):
+        return _steps(outputs)
 
 
 CASES = {
@@ -128,7 +134,7 @@ CASES = {
 }
 
 
-def _theta(rule, seed):
+def noisy_theta(rule, seed):
     """Draws weights with nonzero biases, magnitudes and decay offsets."""
     theta = rule.init_theta(jax.random.key(seed))
     leaves, treedef = jax.tree.flatten(theta)
@@ -140,7 +146,7 @@ def _theta(rule, seed):
 @pytest.mark.parametrize("name", CASES)
 def test_update_equals_numpy(name):
     rule, reference = CASES[name]
-    theta, rng = _theta(rule, 1), np.random.default_rng(2)
+    theta, rng = noisy_theta(rule, 1), np.random.default_rng(2)
     params = {k: rng.standard_normal(s).astype("f4") for k, s in SHAPES.items()}
     theta64 = jax.tree.map(lambda x: np.asarray(x, np.float64), theta)
     references = {k: reference(theta64, s) for k, s in SHAPES.items()}
@@ -162,7 +168,7 @@ def test_update_equals_numpy(name):
 
 @pytest.mark.parametrize("shape", [(50,), (7, 3), (5, 4, 2)])
 def test_chunks_of_the_network_change_nothing(shape, monkeypatch):
-    rule, theta = CASES["SmallFC wide"][0], _theta(CASES["SmallFC wide"][0], 7)
+    rule, theta = CASES["SmallFC wide"][0], noisy_theta(CASES["SmallFC wide"][0], 7)
     params, grads = np.random.default_rng(8).standard_normal((2, *shape)).astype("f4")
     whole, _ = rule.update(theta, grads, rule.init(theta, params), params)
     monkeypatch.setattr(network, "_CHUNK", 16)
@@ -173,7 +179,7 @@ def test_chunks_of_the_network_change_nothing(shape, monkeypatch):
 @pytest.mark.parametrize("name", ["MLP", "SmallFC"])
 def test_theta_gradient_equals_finite_differences_of_numpy(name):
     rule, reference = CASES[name]
-    theta, rng = _theta(rule, 5), np.random.default_rng(6)
+    theta, rng = noisy_theta(rule, 5), np.random.default_rng(6)
     shapes = {"vector": (5,), "matrix": (9, 4)}
     params = {k: rng.standard_normal(s).astype("f4") for k, s in shapes.items()}
     grads = {k: rng.standard_normal((2, *s)).astype("f4") for k, s in shapes.items()}
@@ -233,7 +239,7 @@ def test_weights_start_truncated_normal():
 @pytest.mark.parametrize("name", CASES)
 def test_permuting_coordinates_permutes_the_update(name):
     rule, _ = CASES[name]
-    theta, rng = _theta(rule, 3), np.random.default_rng(4)
+    theta, rng = noisy_theta(rule, 3), np.random.default_rng(4)
     params, grads = rng.standard_normal((2, 6, 4)).astype("f4")
     rows, cols = rng.permutation(6), rng.permutation(4)
     permute = lambda x: x[rows][:, cols]

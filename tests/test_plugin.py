@@ -142,6 +142,12 @@ def test_arguments(name):
         tx.init({"n": jnp.arange(3)})
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         RULES[name].as_optax({}, num_steps=0)
+    theta = RULES[name].init_theta(jax.random.key(0))
+    wrong = jax.tree.map(lambda x: x[:1], theta)
+    with pytest.raises(ValueError, match=r"theta\[.*\] must be of shape .*, is of"):
+        RULES[name].as_optax(wrong)
+    with pytest.raises(ValueError, match=r"theta\[.*\] must be of shape .* is missing"):
+        RULES[name].as_optax({})
 
 
 class _NeedsLoss(Hyper):

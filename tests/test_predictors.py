@@ -182,9 +182,9 @@ def test_the_best_step_of_gradient_descent():
     family = Linear(dim=10, input_range=0.5, num_queries=1)
     step = lambda rate: GradientDescent(learning_rate=n * rate)
     predictors = {"best": step(a / b), "less": step(0.5), "more": step(0.7)}
-    results = compare(family, predictors, [10], KEY, num_episodes=20_000)
+    results = compare(family, predictors, [10], KEY, num_episodes=10_000)
     loss = {name: 0.5 * d * r.mean[0] for name, r in results.items()}
-    spread = 0.5 * d * results["best"].errors.std() / np.sqrt(20_000)
+    spread = 0.5 * d * results["best"].errors.std() / np.sqrt(10_000)
     assert abs(loss["best"] - 0.5 * (d * v - a * a / b)) < 3 * spread
     np.testing.assert_allclose(loss["best"], 0.2062, rtol=0.05)
     assert loss["best"] < min(loss["less"], loss["more"])
@@ -197,7 +197,7 @@ def test_two_tied_steps_of_gd_plus_plus():
         "gd++": GDPlusPlus(2, 13.5, 0.176),
         "gd++ off": GDPlusPlus(2, 13.5, 0.22),
     }
-    results = compare(family, predictors, [10], KEY, num_episodes=20_000)
+    results = compare(family, predictors, [10], KEY, num_episodes=10_000)
     loss = {name: 5 * result.mean[0] for name, result in results.items()}
     assert abs(loss["gd"] - 0.1566) < 0.003
     assert abs(loss["gd++"] - 0.1104) < 0.003
@@ -282,11 +282,11 @@ def test_divergence_is_not_hidden():
 def test_comparison_on_images():
     family = ImageEpisodes(split="test", num_queries=10)
     predictors = {
-        "logistic": LogisticRegression(steps=20),
+        "logistic": LogisticRegression(steps=10),
         "neighbours": NearestNeighbours(1),
         "chance": lambda x, y, x_query, key: jnp.zeros((len(x_query), 5)),
     }
-    results = compare(family, predictors, [5, 15], KEY, num_episodes=50)
+    results = compare(family, predictors, [5, 15], KEY, num_episodes=40)
     np.testing.assert_allclose(results["chance"].mean, 0.8, atol=1e-6)
     for name in ("logistic", "neighbours"):
         few, more = results[name].mean

@@ -114,6 +114,51 @@ def test_training_goes_on_from_a_given_theta():
     np.testing.assert_allclose(theta_of(state), [-1.0, -2.0], rtol=1e-5)
 
 
+def test_what_does_not_fit_is_named():
+    run = lambda key, theta: meta_train(
+        ESTIMATOR, optax.sgd(0.1), key, num_steps=1, theta=theta
+    )
+    with pytest.raises(ValueError, match=r"theta\['momentum'\] .* is missing"):
+        run(jax.random.key(0), {"learning_rate": jnp.zeros(())})
+    with pytest.raises(TypeError, match=r"key must be a key such as jax\.random\.key"):
+        run(jax.random.PRNGKey(0), None)
+
+
+def test_outer_optimizers_that_read_the_loss_get_it():
+    seen = []
+
+    def update(updates, state, params=None, *, value):
+        return updates, value
+
+    tx = optax.GradientTransformationExtraArgs(lambda _: jnp.float32(0.0), update)
+    state = meta_train(
+        ESTIMATOR,
+        optax.chain(optax.adam(0.1), tx),
+        jax.random.key(0),
+        num_steps=2,
+        on_step=lambda state, metrics: seen.append(float(metrics["meta_loss"])),
+    )
+    assert float(state.opt_state[1]) == seen[-1]
+
+
+def test_an_update_that_overflows_is_skipped():
+    tx = optax.scale(float("inf"))
+    state = meta_init(ESTIMATOR, tx, (), jax.random.key(0))
+    after, metrics = jax.jit(lambda s: meta_step(ESTIMATOR, tx, s, ()))(state)
+    np.testing.assert_array_equal(theta_of(after), theta_of(state))
+    assert np.isfinite(metrics["grad_norm"]) and int(metrics["skipped"]) == 1
+
+
+def test_a_gradient_whose_square_overflows_does_not_spoil_adam():
+    estimator = FullUnroll(toys.LearningRateSchedule(), num_tasks=1)
+    tx = optax.adam(0.1)
+    state = meta_init(estimator, tx, (), jax.random.key(0), theta=jnp.ones(2))
+    after, metrics = jax.jit(lambda s: meta_step(estimator, tx, s, ()))(state)
+    assert int(metrics["skipped"]) == 1 and float(metrics["diverged"]) == 0.0
+    np.testing.assert_array_equal(after.theta, state.theta)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.opt_state))
+
+
 def always_diverges():
     task = toys.FixedQuadratic(start=(jnp.nan, 1.0, 1.0))
     return FullUnroll(TrainTask(task, RULE, horizon=3), num_tasks=4)

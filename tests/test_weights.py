@@ -329,6 +329,12 @@ def test_only_fit_files_are_bundled(bundled, tmp_path):
     assert (bundled / "index.json").read_text() == before
 
 
+def test_the_command_names_what_it_cannot_add(bundled, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["add", "x", str(tmp_path / "no-such-file"), "--summary", "s"])
+    assert "no-such-file" in capsys.readouterr().err
+
+
 def test_the_command_lists(bundled, capsys):
     main(["list"])
     assert capsys.readouterr().out.startswith("small-digits: 197 weights")

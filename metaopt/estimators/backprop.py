@@ -6,8 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from metaopt._tree import select
 from metaopt.estimators import base, windows
-from metaopt.learner import draw_length, longest, unroll
+from metaopt.learner import LogUniform, draw_length, longest, unroll
 from metaopt.sharding import map_over_tasks
 
 
@@ -41,7 +42,9 @@ class FullUnroll(base.OverTasks):
 
             def episode(theta):
                 start = self.learner.reset(theta, data, reset_key, length=length)
-                out = self._unroll(theta, start, data, unroll_key, steps)
+                keys = jax.random.split(unroll_key, steps)
+                running = jnp.arange(steps) < length
+                out = self._unroll(theta, start, data, (keys, running))
                 return base.reduce_episode(out, length)
 
             loss, grad = jax.value_and_grad(episode)(theta)
@@ -51,23 +54,30 @@ class FullUnroll(base.OverTasks):
         grads, losses = map_over_tasks(one_task, (theta, data), tasks, block=self.block)
         return base.mean_over_tasks(grads, losses), state
 
-    def _unroll(self, theta, start, data, key, steps):
+    def _unroll(self, theta, start, data, steps):
+        def step(state, xs):
+            key, running = xs
+            if isinstance(self.learner.horizon, LogUniform):
+                # Past its end an episode starts over: were it to diverge there, zero
+                # times infinity would make its gradient NaN.
+                state = select(running, state, start)
+            return self.learner.step(theta, state, data, key)
+
         if not self.remat:
-            return unroll(self.learner, theta, start, data, key, length=steps)[1]
-        segment = math.isqrt(steps)
-        segments, rest = divmod(steps, segment)
-        keys = jax.random.split(key, steps)
-        head = keys[: segments * segment].reshape(segments, segment)
-
-        @jax.checkpoint
-        def run_segment(state, keys):
-            step = lambda state, key: self.learner.step(theta, state, data, key)
-            return jax.lax.scan(step, state, keys)
-
+            return jax.lax.scan(step, start, steps)[1]
+        length = len(steps[0])
+        segment = math.isqrt(length)
+        segments, rest = divmod(length, segment)
+        head, tail = (
+            jax.tree.map(lambda x, s=part: x[s], steps)
+            for part in (slice(length - rest), slice(length - rest, None))
+        )
+        head = jax.tree.map(lambda x: x.reshape(segments, segment), head)
+        run_segment = jax.checkpoint(lambda state, xs: jax.lax.scan(step, state, xs))
         state, out = jax.lax.scan(run_segment, start, head)
         out = jax.tree.map(lambda x: x.reshape(-1), out)
         if rest:
-            _, tail = run_segment(state, keys[segments * segment :])
+            _, tail = run_segment(state, tail)
             out = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, tail)
         return out
 

@@ -50,7 +50,7 @@ class GradientEstimator(Protocol):
         data: chex.ArrayTree,
         key: jax.Array,
     ) -> tuple[Estimate, chex.ArrayTree]:
-        """Unrolls one window (or episode) and returns the estimate and the new state."""
+        """Unrolls a window or an episode; returns the estimate and the new state."""
         ...
 
 

@@ -32,8 +32,9 @@ def check_window(window: int, learner: Learner, window_loss: str) -> None:
 
 def reduce_window(out: StepOut, window_loss: str) -> jax.Array:
     """Returns the meta-loss of one window, `[]`, from its steps `[window]`."""
-    weighted = out.loss * out.weight
-    return weighted[-1] if window_loss == "final" else jnp.mean(weighted)
+    if window_loss == "final":
+        return out.loss[-1] * jnp.mean(out.weight)
+    return jnp.mean(out.loss * out.weight)
 
 
 def stagger(index: jax.Array, length: jax.Array, window: int, learner: Learner):

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metaopt import validate
+from metaopt._tree import require_like
+
 _CALL = "tx.update(grads, state, params, value=loss)"
 
 
@@ -91,8 +94,9 @@ class LearnedOptimizer(abc.ABC):
             key: randomness of stochastic rules; fixed if not given.
 
         Raises:
-            ValueError: if the rule needs `num_steps` and none is given; on `update`,
-                if `params` or a needed `value` is missing.
+            ValueError: if `theta` has other arrays than `init_theta` gives, listing
+                each difference; if the rule needs `num_steps` and none is given; on
+                `update`, if `params` or a needed `value` is missing.
 
         >>> import jax, jax.numpy as jnp
         >>> from metaopt.optimizers import Fixed
@@ -103,16 +107,15 @@ class LearnedOptimizer(abc.ABC):
         [-0.5, -0.5]
         """
         rule = type(self).__name__
-        if num_steps is not None and num_steps < 1:
-            raise ValueError(
-                f"num_steps must be at least 1, got num_steps={num_steps}."
-            )
+        if num_steps is not None:
+            validate.integer("num_steps", num_steps)
         if self.needs_num_steps and num_steps is None:
             raise ValueError(
                 f"{rule} plans over the whole run: num_steps must be given, "
                 "as in metaopt.load(name, num_steps=1000)."
             )
         key = jax.random.key(0) if key is None else key
+        require_like("theta", theta, jax.eval_shape(self.init_theta, key))
 
         def init(params):
             _require_floats(rule, params)

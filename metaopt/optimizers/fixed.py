@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,7 @@ def check_arguments(name: str, arguments: dict[str, Any]) -> None:
 
 
 def check_pairs(field: str, pairs: Any) -> None:
-    """Raises TypeError unless `pairs` is a tuple of `(str, value)` tuples."""
+    """Raises unless `pairs` is a tuple of `(str, value)` tuples, floats finite."""
     good = isinstance(pairs, tuple) and all(
         isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs
     )
@@ -58,6 +59,9 @@ def check_pairs(field: str, pairs: Any) -> None:
             f"{field} must be a tuple of (name, value) tuples such as "
             f'(("learning_rate", 1e-3),), got {field}={pairs!r}.'
         )
+    for name, value in pairs:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {name}={value}.")
 
 
 def _makes_transformation(function: Any) -> bool:

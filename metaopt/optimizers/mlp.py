@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from metaopt import validate
 from metaopt.optimizers import features
 from metaopt.optimizers.base import LearnedOptimizer
-from metaopt.optimizers.network import init_network, network_update
+from metaopt.optimizers.network import init_network, network_outputs, scaled
 
 
 class MLPState(NamedTuple):
@@ -90,7 +90,8 @@ class MLP(LearnedOptimizer):
             mean_square = features.mean_squares(lambda *x: [a * a for a in x], *x)
             w = first["w"][:-n] * features.inverse_rms(mean_square)[:, None]
             start = bias.reshape((-1,) + (1,) * len(shape))
-            update = network_update(self, theta, w, x, [start])
+            d, magnitude = network_outputs(theta, w, x, [start])
+            update = scaled(-self.step_size, d, self.magnitude_scale, magnitude)
             updates.append(update.reshape(p.shape).astype(p.dtype))
         state = MLPState(state.step + 1, treedef.unflatten(momenta))
         return treedef.unflatten(updates), state

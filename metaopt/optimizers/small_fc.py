@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from metaopt import validate
 from metaopt.optimizers import features
 from metaopt.optimizers.base import LearnedOptimizer
-from metaopt.optimizers.network import init_network, network_update
+from metaopt.optimizers.network import init_network, network_outputs, scaled
 
 
 class _Decays(NamedTuple):
@@ -104,7 +104,7 @@ class SmallFC(LearnedOptimizer):
                 "momentum": jnp.zeros(k),
                 "square": jnp.zeros(1),
             },
-            "network": init_network(key, (inputs, *self.widths, 2)),
+            "network": init_network(key, (inputs, *self.widths, self._heads)),
         }
 
     def init(self, theta, params, *, num_steps=None, key=None):
@@ -185,7 +185,8 @@ class SmallFC(LearnedOptimizer):
         w = jnp.concatenate([own, double, last])
         w = w * features.inverse_rms(mean_square)[:, None]
         bias = shared.bias[:, None]
-        return network_update(self, shared.network, w, list(x), [bias])
+        outputs = network_outputs(shared.network, w, list(x), [bias])
+        return self._step(outputs, g, p, m, v)
 
     def _update_factored(self, shared, g, p, m, v, row, col):
         """Updates a matrix or a tensor of higher rank."""
@@ -217,7 +218,19 @@ class SmallFC(LearnedOptimizer):
         mean_square = features.mean_squares(squares, *arrays)
         x = _inputs(g, p, momenta, v, inverse, factors)
         w = jnp.concatenate([own, last]) * features.inverse_rms(mean_square)[:, None]
-        return network_update(self, shared.network, w, x, start)
+        outputs = network_outputs(shared.network, w, x, start)
+        return self._step(outputs, g, p, m, v)
+
+    @property
+    def _heads(self):
+        """Number of outputs of the network."""
+        return 2
+
+    def _step(self, outputs, g, p, m, v):
+        """Turns the outputs of the network into the update of one tensor."""
+        del g, p, m, v
+        d, magnitude = outputs
+        return scaled(-self.step_size, d, self.magnitude_scale, magnitude)
 
 
 def _inputs(g, p, m, v, inverse, factors):

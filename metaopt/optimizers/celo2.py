@@ -1,0 +1,301 @@
+"""Celo2: a learned direction of unit size; learning rate and decay are the user's."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt import validate
+from metaopt.optimizers import features
+from metaopt.optimizers.base import LearnedOptimizer
+from metaopt.optimizers.network import init_network, network_outputs
+
+_EPS = 1e-9
+_ITERATIONS = 5
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+@dataclasses.dataclass(frozen=True)
+class Celo2(LearnedOptimizer):
+    """A per-parameter MLP whose output is divided by its root mean square.
+
+    The network reads 30 features of a matrix. Only its first output, a direction, is
+    used; it is orthogonalised if asked and divided by its root mean square. There is no
+    feature of time or loss and no learned decay, so that the user's schedule acts as in
+    any optax optimizer: see `celo2_adamw` and `scale_by_celo2`.
+
+    As a `LearnedOptimizer`, which is meta-trained, the rule takes steps of
+    `learning_rate` and leaves vectors and scalars to Adam.
+
+    Reconstructions: in tensors of more than two axes every pair of the last two is
+    orthogonalised alone, and the size is taken over the whole tensor; meta-training
+    uses `learning_rate` without schedule or decay.
+
+    Attributes:
+        widths: hidden layer sizes.
+        decays: decay rates of the gradient averages, and of the factored averages of
+            its square.
+        square_decay: decay rate of the full average of its square.
+        orthogonalize: whether five Newton-Schulz iterations bring the singular values
+            of the direction close to each other.
+        learning_rate: update size when used without `celo2_adamw`.
+        adam_multiplier: learning rate of Adam as a multiple of the network's.
+
+    References:
+        Celo2, 2026, https://arxiv.org/abs/2602.19142
+
+    >>> import jax
+    >>> theta = Celo2().init_theta(jax.random.key(0))
+    >>> sum(x.size for x in jax.tree.leaves(theta))
+    347
+    """
+
+    widths: tuple[int, ...] = (8, 8)
+    decays: tuple[float, ...] = (0.9, 0.99, 0.999)
+    square_decay: float = 0.95
+    orthogonalize: bool = True
+    learning_rate: float = 1e-3
+    adam_multiplier: float = 20.0
+
+    def __post_init__(self):
+        validate.integers("widths", self.widths)
+        validate.numbers("decays", self.decays, low=0.0, high=1.0, open_high=True)
+        validate.number(
+            "square_decay", self.square_decay, low=0.0, high=1.0, open_high=True
+        )
+        for name in ("learning_rate", "adam_multiplier"):
+            validate.number(name, getattr(self, name), low=0.0, open_low=True)
+
+    def init_theta(self, key):
+        return init_network(key, (6 + 8 * len(self.decays), *self.widths, 3))
+
+    def init(self, theta, params, *, num_steps=None, key=None):
+        del num_steps, key
+        return self._transformation(theta).init(_float32(params))
+
+    def update(self, theta, grads, state, params, *, value=None, **extra):
+        del value, extra
+        updates, state = self._transformation(theta).update(
+            _float32(grads), state, _float32(params)
+        )
+        return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params), state
+
+    def _transformation(self, theta):
+        return celo2_adamw(theta, self.learning_rate, rule=self)
+
+
+_DEFAULT = Celo2()
+
+
+class Celo2State(NamedTuple):
+    """What `scale_by_celo2` remembers; `k` is the number of decays.
+
+    Attributes:
+        momenta: averages of the gradient, leaves `[k, *shape]`.
+        square: average of the squared gradient, leaves `[*shape]`.
+        row: averages of the squared gradient over the largest axis, leaves
+            `[k, *shape without it]`.
+        col: the same over the second largest axis.
+    """
+
+    momenta: chex.ArrayTree
+    square: chex.ArrayTree
+    row: chex.ArrayTree
+    col: chex.ArrayTree
+
+
+def celo2_adamw(
+    theta: chex.ArrayTree,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rule: Celo2 = _DEFAULT,
+    weight_decay: float = 0.0,
+    embeddings: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns Celo2 for matrices with AdamW for vectors, scalars and embeddings.
+
+    A matrix moves by `-learning_rate * (direction + weight_decay * p)`. AdamW has decay
+    rates 0.9 and 0.95, epsilon 1e-8, the same `weight_decay`, and `learning_rate` times
+    `rule.adam_multiplier`; that its decay grows with the multiplier is a
+    reconstruction.
+
+    Args:
+        theta: meta-parameters, as returned by `Celo2.init_theta` or meta-training.
+        learning_rate: number or optax schedule.
+        rule: the settings that theta was trained with; its `learning_rate` is not used.
+        weight_decay: decay of the parameters per step, times the learning rate.
+        embeddings: pytree of bools like the parameters, true where Adam takes over, or
+            a function that makes it from a pytree like them.
+
+    >>> theta = Celo2().init_theta(jax.random.key(0))
+    >>> schedule = optax.cosine_decay_schedule(1e-3, decay_steps=1000)
+    >>> tx = celo2_adamw(theta, schedule, weight_decay=0.1)
+    >>> params = {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> updates["w"].shape
+    (2, 3)
+    """
+    multiplier = rule.adam_multiplier
+    if callable(learning_rate):
+        adam_rate = lambda step: multiplier * learning_rate(step)
+    else:
+        adam_rate = multiplier * learning_rate
+    network = optax.chain(
+        scale_by_celo2(theta, rule),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    adam = optax.adamw(adam_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=weight_decay)
+
+    def labels(params):
+        chosen = embeddings(params) if callable(embeddings) else embeddings
+        if chosen is None:
+            chosen = jax.tree.map(lambda p: False, params)
+        label = lambda p, e: "adam" if e or jnp.ndim(p) < 2 else "network"
+        return jax.tree.map(label, params, chosen)
+
+    return optax.multi_transform({"network": network, "adam": adam}, labels)
+
+
+def scale_by_celo2(
+    theta: chex.ArrayTree, rule: Celo2 = _DEFAULT
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the direction alone, of root mean square 1 in every tensor.
+
+    Like other `scale_by_` transformations it does not change the sign: chain it with
+    `optax.scale_by_learning_rate`.
+
+    Args:
+        theta: meta-parameters, as returned by `Celo2.init_theta` or meta-training.
+        rule: the settings that theta was trained with.
+
+    Raises:
+        ValueError: on `init`, if a tensor has fewer than two axes; on `update`, if
+            `params` is missing.
+
+    >>> theta = Celo2().init_theta(jax.random.key(0))
+    >>> tx = optax.chain(scale_by_celo2(theta), optax.scale_by_learning_rate(1e-3))
+    >>> params = jnp.ones((2, 3))
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    """
+
+    def init(params):
+        for path, p in jax.tree_util.tree_leaves_with_path(params):
+            if jnp.ndim(p) < 2:
+                name = f"params{jax.tree_util.keystr(path)}"
+                raise ValueError(
+                    f"scale_by_celo2 updates tensors of two or more axes, got {name} "
+                    f"with shape {jnp.shape(p)}; celo2_adamw updates the others too."
+                )
+        leaves, treedef = jax.tree.flatten(params)
+        k = len(rule.decays)
+        factored = [features.init_factored(p.shape, k) for p in leaves]
+        return Celo2State(
+            momenta=treedef.unflatten([jnp.zeros((k, *p.shape)) for p in leaves]),
+            square=treedef.unflatten([jnp.zeros(p.shape) for p in leaves]),
+            row=treedef.unflatten([row for row, _ in factored]),
+            col=treedef.unflatten([col for _, col in factored]),
+        )
+
+    def update(grads, state, params=None, **extra):
+        del extra
+        if params is None:
+            raise ValueError(
+                "scale_by_celo2 reads the parameters: call "
+                "tx.update(grads, state, params)."
+            )
+        treedef = jax.tree.structure(params)
+        columns = (treedef.flatten_up_to(x) for x in (grads, params, *state))
+        leaves = zip(*columns, strict=True)
+        results = [_update_leaf(rule, theta, *leaf) for leaf in leaves]
+        updates, *averages = zip(*results, strict=True) if results else [()] * 5
+        new_state = Celo2State(*(treedef.unflatten(x) for x in averages))
+        return treedef.unflatten(updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _update_leaf(rule, theta, g, p, m, v, row, col):
+    if p.size == 0:
+        return p, m, v, row, col
+    dtype, decays = p.dtype, jnp.asarray(rule.decays)
+    g, p = g.astype(jnp.float32), p.astype(jnp.float32)
+    m = features.average(m, g, decays)
+    v = rule.square_decay * v + (1.0 - rule.square_decay) * (g * g)
+    row, col = features.average_factored(row, col, g * g + 1e-30, decays)
+    direction = _direction(theta, g, p, m, v, row, col)
+    if rule.orthogonalize:
+        direction = _orthogonalize(direction)
+    direction = direction * jax.lax.rsqrt(jnp.mean(direction * direction) + _EPS)
+    return direction.astype(dtype), m, v, row, col
+
+
+def _direction(theta, g, p, m, v, row, col):
+    """Applies the network to one tensor."""
+    k, shape = len(m), g.shape
+    d1, d0 = features.factored_axes(shape)
+    first = theta["linear_0"]
+    own, rows, cols, rows_inverse, cols_inverse, last = jnp.split(
+        first["w"], [6 + 3 * k, 6 + 4 * k, 6 + 5 * k, 6 + 6 * k, 6 + 7 * k]
+    )
+    start = [
+        first["b"].reshape((-1,) + (1,) * len(shape)),
+        _linear(jnp.concatenate([rows, rows_inverse]), row, d0),
+        _linear(jnp.concatenate([cols, cols_inverse]), col, d1),
+    ]
+    row_factor, col_factor = features.factors(row, col, shape)
+    # The means are taken over the last two axes, under a vmap over all others.
+    spread = lambda x: jnp.broadcast_to(x, (*shape[:-2], *x.shape[-2:]))
+    r = [spread(x) for x in jnp.expand_dims(row_factor, 1 + d0)]
+    c = [spread(x) for x in jnp.expand_dims(col_factor, 1 + d1)]
+    arrays = (g, p, v, jax.lax.rsqrt(v + 1e-8), *m, *r, *c)
+    squares = lambda *arrays: [x * x for x in _inputs(*arrays)]
+    means = functools.partial(features.mean_squares, squares)
+    for _ in shape[:-2]:
+        means = jax.vmap(means)
+    scale = jax.lax.rsqrt(means(*arrays) + _EPS)
+    w, x = jnp.concatenate([own, last]), _inputs(*arrays)
+    if len(shape) == 2:
+        w = w * scale[:, None]
+    else:
+        scale = jnp.moveaxis(scale, -1, 0)[..., None, None]
+        x = [a * b for a, b in zip(x, scale, strict=True)]
+    return network_outputs(theta, w, x, start)[0]
+
+
+def _inputs(g, p, v, inverse, *rest):
+    """Returns the features that differ from element to element, in their order."""
+    k = len(rest) // 3
+    m, r, c = rest[:k], rest[k : 2 * k], rest[2 * k :]
+    factors = [a * b for a, b in zip(r, c, strict=True)]
+    x = [g, jnp.clip(g, -0.1, 0.1), p, *m, v, *(a * inverse for a in m), inverse]
+    x += [*(g * f for f in factors), g * inverse]
+    return x + [a * f for a, f in zip(m, factors, strict=True)]
+
+
+def _linear(weights, accumulator, axis):
+    """Applies the first layer to `x` and `1 / sqrt(x)` of a row or column average."""
+    x = jnp.concatenate([accumulator, jax.lax.rsqrt(accumulator + 1e-8)])
+    x = jnp.expand_dims(x, 1 + axis)
+    mean_square = jnp.mean(x * x, axis=(-2, -1), keepdims=True)
+    return jnp.tensordot(weights, x * jax.lax.rsqrt(mean_square + _EPS), axes=(0, 0))
+
+
+def _orthogonalize(x):
+    """Brings the singular values of the last two axes close to 1."""
+    if x.shape[-2] > x.shape[-1]:
+        return jnp.swapaxes(_orthogonalize(jnp.swapaxes(x, -1, -2)), -1, -2)
+    x = x * jax.lax.rsqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True) + 1e-14)
+    a, b, c = _COEFFICIENTS
+    for _ in range(_ITERATIONS):
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def _float32(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
