@@ -11,7 +11,6 @@ import pytest
 from metaopt.estimators import PES
 from metaopt.learner import TrainTask
 from metaopt.optimizers import Celo2, celo2_adamw, scale_by_celo2
-from metaopt.testing import check_optimizer
 from metaopt.train import meta_init, meta_step
 from metaopt.weights.store import load_weights, save_weights
 from tasks import TwoMoons
@@ -107,14 +106,6 @@ def test_direction_equals_numpy(rule):
             )
             assert np.mean(directions[k] ** 2) == pytest.approx(1.0, rel=1e-4)
         params = {k: params[k] - 0.1 * np.asarray(directions[k]) for k in SHAPES}
-
-
-@pytest.mark.parametrize("name", ["base", "orthogonal"])
-def test_conformance(name):
-    rule = Celo2(widths=(4,), orthogonalize=name == "orthogonal")
-    half = jnp.linspace(-0.5, 0.5, 6, dtype=jnp.bfloat16).reshape(2, 3)
-    params = {"half": half, "scalar": jnp.float32(0.0), "no": jnp.zeros((0, 2))}
-    check_optimizer(rule, params=params)
 
 
 def test_weight_count():

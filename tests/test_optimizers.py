@@ -6,7 +6,19 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt.optimizers import MLP, Fixed, Hyper, SmallFC, features
+from metaopt import registry
+from metaopt.optimizers import (
+    MLP,
+    RNNMLP,
+    STAR,
+    Celo2,
+    Fixed,
+    Hyper,
+    NNAdam,
+    Recurrent,
+    SmallFC,
+    features,
+)
 from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.testing import ConformanceError, check_optimizer
 
@@ -26,11 +38,34 @@ OPTIMIZERS = {
     "SmallFC": SmallFC(),
     "SmallFC wide": SmallFC(widths=(16,), decays=(0.5, 0.99)),
 }
+# These compile long: a parameter of each kind instead of the check's own larger set.
+LONG = {
+    "Celo2": Celo2(widths=(4,)),
+    "Celo2 base": Celo2(widths=(4,), orthogonalize=False),
+    "NNAdam": NNAdam(width=4),
+    "RNNMLP": RNNMLP(width=4, widths=(4,), to_mlp=2, from_mlp=2, from_lstm=2),
+    "Recurrent gru": Recurrent(hidden=4),
+    "Recurrent lstm": Recurrent("lstm", hidden=4, layers=2, preprocess="log-sign"),
+    "STAR": STAR(),
+    "STAR decay": STAR(regularization_controller=True, parameter_decay=1e-3),
+}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_contract(name):
     check_optimizer(OPTIMIZERS[name])
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_contract_of_those_that_compile_long(name):
+    half = jnp.linspace(-0.5, 0.5, 6, dtype=jnp.bfloat16).reshape(2, 3)
+    params = {"half": half, "scalar": jnp.float32(0.0), "no": jnp.zeros((0, 2))}
+    check_optimizer(LONG[name], params=params)
+
+
+def test_every_registered_optimizer_is_in_the_tables():
+    tested = {type(rule).__name__ for rule in (OPTIMIZERS | LONG).values()}
+    assert tested == set(registry.OPTIMIZERS)
 
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
