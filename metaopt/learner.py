@@ -167,6 +167,8 @@ class TrainTask:
         loss_cap: largest loss of a step that enters the meta-loss, None for no limit;
             bounds what a diverging run adds to the meta-gradient. For a classifier
             1.5 times the log of the number of classes is usual.
+        meta_metric: name of one of the task's metrics that takes the place of its loss
+            in the meta-loss, None for the loss itself; training follows the loss.
 
     >>> import jax
     >>> from metaopt.optimizers import Hyper
@@ -185,6 +187,7 @@ class TrainTask:
     meta_split: str = "train"
     meta_loss: str = "mean"
     loss_cap: float | None = None
+    meta_metric: str | None = None
 
     def __post_init__(self):
         validate.instance("task", self.task, Task, "tasks.get('quadratic')")
@@ -218,7 +221,7 @@ class TrainTask:
         task, (instance, params, opt_state, count, length) = self.task, state
         batch = task.batch(instance, data, batch_key, split="train")
         gradient = jax.value_and_grad(task.loss, has_aux=True)
-        (loss, _), grads = gradient(params, batch, instance, loss_key)
+        (loss, metrics), grads = gradient(params, batch, instance, loss_key)
         updates, opt_state = self.optimizer.update(
             theta, grads, opt_state, params, value=loss
         )
@@ -226,7 +229,10 @@ class TrainTask:
         if self.meta_split == "valid":
             batch_key, loss_key = jax.random.split(valid_key)
             batch = task.batch(instance, data, batch_key, split="valid")
-            loss, _ = task.loss(params, batch, instance, loss_key)
+            loss, metrics = task.loss(params, batch, instance, loss_key)
+        if self.meta_metric is not None:
+            validate.one_of("meta_metric", self.meta_metric, metrics)
+            loss = metrics[self.meta_metric]
         if self.loss_cap is not None:
             loss = jnp.minimum(loss, self.loss_cap)
         if self.meta_loss == "final":

@@ -7,17 +7,24 @@ from typing import Any
 from metaopt import estimators, optimizers, validate
 from metaopt.learner import LogUniform, TrainTask
 from metaopt.optimizers.base import LearnedOptimizer
+from metaopt.secant import SecantPenalty
 
 OPTIMIZERS: dict[str, type[LearnedOptimizer]] = {
+    "Celo": optimizers.Celo,
     "Celo2": optimizers.Celo2,
+    "CeloAdam": optimizers.CeloAdam,
     "Fixed": optimizers.Fixed,
     "Hyper": optimizers.Hyper,
+    "LSR1": optimizers.LSR1,
     "MLP": optimizers.MLP,
+    "MuP": optimizers.MuP,
     "NNAdam": optimizers.NNAdam,
+    "Optimus": optimizers.Optimus,
     "RNNMLP": optimizers.RNNMLP,
     "Recurrent": optimizers.Recurrent,
     "STAR": optimizers.STAR,
     "SmallFC": optimizers.SmallFC,
+    "VeLO": optimizers.VeLO,
 }
 
 ESTIMATORS: dict[str, type] = {
@@ -30,7 +37,11 @@ ESTIMATORS: dict[str, type] = {
     "TruncatedES": estimators.TruncatedES,
 }
 
-LEARNERS: dict[str, type] = {"LogUniform": LogUniform, "TrainTask": TrainTask}
+LEARNERS: dict[str, type] = {
+    "LogUniform": LogUniform,
+    "SecantPenalty": SecantPenalty,
+    "TrainTask": TrainTask,
+}
 
 COMPONENTS: dict[str, type] = {**OPTIMIZERS, **ESTIMATORS, **LEARNERS}
 

@@ -6,7 +6,9 @@ from metaopt import validate
 from metaopt.task import Task
 from tasks.images import ImageConv, ImageMLP
 from tasks.motion import Motion
+from tasks.mup_images import ImageMuMLP
 from tasks.quadratic import NoisyQuadratic, Quadratic
+from tasks.sequence_images import ImageRecurrent, ImageTransformer
 from tasks.sinusoid import Sinusoid
 from tasks.test_functions import Objective
 from tasks.two_moons import TwoMoons
@@ -15,6 +17,9 @@ __all__ = [
     "TASKS",
     "ImageConv",
     "ImageMLP",
+    "ImageMuMLP",
+    "ImageRecurrent",
+    "ImageTransformer",
     "Motion",
     "NoisyQuadratic",
     "Objective",
@@ -27,6 +32,9 @@ __all__ = [
 TASKS: dict[str, type[Task]] = {
     "image-conv": ImageConv,
     "image-mlp": ImageMLP,
+    "image-mu-mlp": ImageMuMLP,
+    "image-recurrent": ImageRecurrent,
+    "image-transformer": ImageTransformer,
     "motion": Motion,
     "noisy-quadratic": NoisyQuadratic,
     "objective": Objective,

@@ -58,7 +58,8 @@ class Objective(Task):
         max_dim: highest number of active parameters, `dim` by default.
         scaling: what the loss is; with g the gap `f(x) - f*` over that of the start,
             "ratio" is g, "log" is `log(floor + g)`, and "raw" is `f(x) - f*`.
-        floor: the gap ratio below which "log" sees no more progress.
+        floor: the gap ratio below which "log", and the metric "log_gap", see no more
+            progress.
         shift: whether the box is moved, uniformly by up to 1 in every coordinate.
         rotate: whether the axes are a random orthogonal basis.
 
@@ -98,11 +99,23 @@ class Objective(Task):
         return self.dim if self.max_dim is None else self.max_dim
 
     def sample(self, key):
-        function_key, dim_key, shift_key, rotation_key, start_key = jax.random.split(
-            key, 5
-        )
+        function_key, dim_key, key = jax.random.split(key, 3)
         index = jax.random.randint(function_key, (), 0, len(self.functions))
-        dim = jax.random.randint(dim_key, (), self.dim, self.size + 1).astype(float)
+        dim = jax.random.randint(dim_key, (), self.dim, self.size + 1)
+        return self.problem(index, dim, key)
+
+    def problem(
+        self, function: jax.Array | int, dim: jax.Array | int, key: jax.Array
+    ) -> Problem:
+        """Draws the place and the start of a given function.
+
+        Args:
+            function: index into `functions`.
+            dim: number of active coordinates, from 2 to the highest dimension.
+            key: randomness of shift, rotation and start.
+        """
+        shift_key, rotation_key, start_key = jax.random.split(key, 3)
+        index, dim = jnp.asarray(function, jnp.int32), jnp.asarray(dim, float)
         active = jnp.arange(1, self.size + 1) <= dim
         shift = jnp.zeros(self.size)
         if self.shift:
@@ -122,13 +135,13 @@ class Objective(Task):
         inside = jnp.clip(unit, -1.0, 1.0)
         ratio = self._gap(inside, instance) / instance.start_gap
         ratio += jnp.sum((unit - inside) ** 2)
-        if self.scaling == "ratio":
-            loss = ratio
-        elif self.scaling == "log":
-            loss = jnp.log(self.floor + jnp.maximum(ratio, 0.0))
-        else:
-            loss = instance.start_gap * ratio
-        return loss, {"gap": ratio}
+        log_gap = jnp.log(self.floor + jnp.maximum(ratio, 0.0))
+        losses = {
+            "ratio": ratio,
+            "log": log_gap,
+            "raw": instance.start_gap * ratio,
+        }
+        return losses[self.scaling], {"gap": ratio, "log_gap": log_gap}
 
     def minimiser(self, instance: Problem) -> jax.Array:
         """Returns the parameters of one global minimum, `[n]`."""

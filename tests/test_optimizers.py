@@ -8,15 +8,21 @@ import pytest
 
 from metaopt import registry
 from metaopt.optimizers import (
+    LSR1,
     MLP,
     RNNMLP,
     STAR,
+    Celo,
     Celo2,
+    CeloAdam,
     Fixed,
     Hyper,
+    MuP,
     NNAdam,
+    Optimus,
     Recurrent,
     SmallFC,
+    VeLO,
     features,
 )
 from metaopt.optimizers.base import LearnedOptimizer
@@ -35,19 +41,27 @@ OPTIMIZERS = {
     ),
     "MLP": MLP(),
     "MLP narrow": MLP(widths=(4,), decays=(0.9,)),
+    "MuP": MuP(Hyper(), hidden="/w"),
     "SmallFC": SmallFC(),
     "SmallFC wide": SmallFC(widths=(16,), decays=(0.5, 0.99)),
 }
 # These compile long: a parameter of each kind instead of the check's own larger set.
 LONG = {
+    "Celo": Celo(width=4, widths=(4,), decays=(0.9,)),
     "Celo2": Celo2(widths=(4,)),
     "Celo2 base": Celo2(widths=(4,), orthogonalize=False),
+    "CeloAdam": CeloAdam(width=4),
+    "LSR1": LSR1(buffer=2, width=4),
     "NNAdam": NNAdam(width=4),
+    "Optimus": Optimus(
+        SmallFC(widths=(4,), decays=(0.9,)), encoders=1, width=4, feedforward=4
+    ),
     "RNNMLP": RNNMLP(width=4, widths=(4,), to_mlp=2, from_mlp=2, from_lstm=2),
     "Recurrent gru": Recurrent(hidden=4),
     "Recurrent lstm": Recurrent("lstm", hidden=4, layers=2, preprocess="log-sign"),
     "STAR": STAR(),
     "STAR decay": STAR(regularization_controller=True, parameter_decay=1e-3),
+    "VeLO": VeLO(width=4, bank_size=2, widths=(4,), decays=(0.9,)),
 }
 
 

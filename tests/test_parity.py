@@ -87,6 +87,12 @@ class SmallFCReference:
     def update(self, g, p):
         given = p.shape
         g, p = g.reshape(self.shape), p.reshape(self.shape)
+        x = self.features(g, p)
+        step = self.steps(outputs(self.theta["network"], x, self.t), g, p)
+        self.t += 1
+        return step.reshape(given)
+
+    def features(self, g, p):
         for i, b in enumerate(self.decay("momentum", (0.9, 0.99, 0.999))):
             self.m[i] = b * self.m[i] + (1 - b) * g
         (b,) = self.decay("square", (0.999,))
@@ -118,10 +124,7 @@ class SmallFCReference:
         x += [g * f for f in factors]
         x += [*self.row, *self.col]
         x += [*(1 / np.sqrt(self.row + 1e-8)), *(1 / np.sqrt(self.col + 1e-8))]
-        x = np.stack([a.reshape(-1) for a in x + momenta], axis=1)
-        step = self.steps(outputs(self.theta["network"], x, self.t), g, p)
-        self.t += 1
-        return step.reshape(given)
+        return np.stack([a.reshape(-1) for a in x + momenta], axis=1)
 
     def steps(self, outputs, g, p):
         return _steps(outputs)

@@ -18,6 +18,9 @@ from tasks.two_moons import draw_moons
 SMALL = {
     "image-conv": {"widths": (4,), "batch_size": 4},
     "image-mlp": {"batch_size": 4},
+    "image-mu-mlp": {"widths": (4, 4), "batch_size": 4},
+    "image-recurrent": {"width": 4, "cell": "vanilla", "batch_size": 4},
+    "image-transformer": {"width": 4, "depth": 1, "batch_size": 4},
     "motion": {"links": 3, "knots": 4, "steps": 20},
     "objective": {"functions": ("ackley", "perm"), "dim": 2, "max_dim": 4},
     "two-moons": {"widths": (4,), "batch_size": 4, "samples": 8},
@@ -53,6 +56,9 @@ def test_unknown_name_suggests_the_nearest():
         lambda: tasks.ImageMLP(dataset="digit"),
         lambda: tasks.ImageMLP(activation="rleu"),
         lambda: tasks.ImageConv(image_size=0),
+        lambda: tasks.ImageMuMLP(parametrisation="sp"),
+        lambda: tasks.ImageRecurrent(cell="gur"),
+        lambda: tasks.ImageTransformer(width=5, heads=2),
     ],
 )
 def test_bad_fields_are_refused(build):

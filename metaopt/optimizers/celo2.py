@@ -1,7 +1,6 @@
 """Celo2: a learned direction of unit size; learning rate and decay are the user's."""
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -10,11 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from metaopt import validate
-from metaopt.optimizers import features
+from metaopt.optimizers import features, velo_features
 from metaopt.optimizers.base import LearnedOptimizer
-from metaopt.optimizers.network import init_network, network_outputs
+from metaopt.optimizers.network import init_network
 
-_EPS = 1e-9
+_EPSILON = 1e-9
+_SQUARE_EPSILON = 1e-8
 _ITERATIONS = 5
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -71,7 +71,8 @@ class Celo2(LearnedOptimizer):
             validate.number(name, getattr(self, name), low=0.0, open_low=True)
 
     def init_theta(self, key):
-        return init_network(key, (6 + 8 * len(self.decays), *self.widths, 3))
+        inputs = velo_features.num_features(len(self.decays))
+        return init_network(key, (inputs, *self.widths, 3))
 
     def init(self, theta, params, *, num_steps=None, key=None):
         del num_steps, key
@@ -191,15 +192,7 @@ def scale_by_celo2(
                     f"scale_by_celo2 updates tensors of two or more axes, got {name} "
                     f"with shape {jnp.shape(p)}; celo2_adamw updates the others too."
                 )
-        leaves, treedef = jax.tree.flatten(params)
-        k = len(rule.decays)
-        factored = [features.init_factored(p.shape, k) for p in leaves]
-        return Celo2State(
-            momenta=treedef.unflatten([jnp.zeros((k, *p.shape)) for p in leaves]),
-            square=treedef.unflatten([jnp.zeros(p.shape) for p in leaves]),
-            row=treedef.unflatten([row for row, _ in factored]),
-            col=treedef.unflatten([col for _, col in factored]),
-        )
+        return Celo2State(*velo_features.init_averages(params, len(rule.decays)))
 
     def update(grads, state, params=None, **extra):
         del extra
@@ -222,67 +215,26 @@ def scale_by_celo2(
 def _update_leaf(rule, theta, g, p, m, v, row, col):
     if p.size == 0:
         return p, m, v, row, col
-    dtype, decays = p.dtype, jnp.asarray(rule.decays)
+    dtype = p.dtype
     g, p = g.astype(jnp.float32), p.astype(jnp.float32)
-    m = features.average(m, g, decays)
-    v = rule.square_decay * v + (1.0 - rule.square_decay) * (g * g)
-    row, col = features.average_factored(row, col, g * g + 1e-30, decays)
-    direction = _direction(theta, g, p, m, v, row, col)
+    averages = velo_features.update_averages(
+        velo_features.Averages(m, v, row, col), g, rule.decays, rule.square_decay
+    )
+    # Mean squares are taken over the last two axes.
+    direction, *_ = velo_features.outputs(
+        theta,
+        g,
+        p,
+        averages,
+        square_epsilon=_SQUARE_EPSILON,
+        epsilon=_EPSILON,
+        alone=g.ndim - 2,
+    )
     if rule.orthogonalize:
         direction = _orthogonalize(direction)
-    direction = direction * jax.lax.rsqrt(jnp.mean(direction * direction) + _EPS)
-    return direction.astype(dtype), m, v, row, col
-
-
-def _direction(theta, g, p, m, v, row, col):
-    """Applies the network to one tensor."""
-    k, shape = len(m), g.shape
-    d1, d0 = features.factored_axes(shape)
-    first = theta["linear_0"]
-    own, rows, cols, rows_inverse, cols_inverse, last = jnp.split(
-        first["w"], [6 + 3 * k, 6 + 4 * k, 6 + 5 * k, 6 + 6 * k, 6 + 7 * k]
-    )
-    start = [
-        first["b"].reshape((-1,) + (1,) * len(shape)),
-        _linear(jnp.concatenate([rows, rows_inverse]), row, d0),
-        _linear(jnp.concatenate([cols, cols_inverse]), col, d1),
-    ]
-    row_factor, col_factor = features.factors(row, col, shape)
-    # The means are taken over the last two axes, under a vmap over all others.
-    spread = lambda x: jnp.broadcast_to(x, (*shape[:-2], *x.shape[-2:]))
-    r = [spread(x) for x in jnp.expand_dims(row_factor, 1 + d0)]
-    c = [spread(x) for x in jnp.expand_dims(col_factor, 1 + d1)]
-    arrays = (g, p, v, jax.lax.rsqrt(v + 1e-8), *m, *r, *c)
-    squares = lambda *arrays: [x * x for x in _inputs(*arrays)]
-    means = functools.partial(features.mean_squares, squares)
-    for _ in shape[:-2]:
-        means = jax.vmap(means)
-    scale = jax.lax.rsqrt(means(*arrays) + _EPS)
-    w, x = jnp.concatenate([own, last]), _inputs(*arrays)
-    if len(shape) == 2:
-        w = w * scale[:, None]
-    else:
-        scale = jnp.moveaxis(scale, -1, 0)[..., None, None]
-        x = [a * b for a, b in zip(x, scale, strict=True)]
-    return network_outputs(theta, w, x, start)[0]
-
-
-def _inputs(g, p, v, inverse, *rest):
-    """Returns the features that differ from element to element, in their order."""
-    k = len(rest) // 3
-    m, r, c = rest[:k], rest[k : 2 * k], rest[2 * k :]
-    factors = [a * b for a, b in zip(r, c, strict=True)]
-    x = [g, jnp.clip(g, -0.1, 0.1), p, *m, v, *(a * inverse for a in m), inverse]
-    x += [*(g * f for f in factors), g * inverse]
-    return x + [a * f for a, f in zip(m, factors, strict=True)]
-
-
-def _linear(weights, accumulator, axis):
-    """Applies the first layer to `x` and `1 / sqrt(x)` of a row or column average."""
-    x = jnp.concatenate([accumulator, jax.lax.rsqrt(accumulator + 1e-8)])
-    x = jnp.expand_dims(x, 1 + axis)
-    mean_square = jnp.mean(x * x, axis=(-2, -1), keepdims=True)
-    return jnp.tensordot(weights, x * jax.lax.rsqrt(mean_square + _EPS), axes=(0, 0))
+    (mean_square,) = features.mean_squares(lambda u: [u * u], direction)
+    direction = direction * jax.lax.rsqrt(mean_square + _EPSILON)
+    return direction.astype(dtype), *averages
 
 
 def _orthogonalize(x):

@@ -59,12 +59,26 @@ def init_factored(shape: tuple[int, ...], k: int) -> tuple[jax.Array, jax.Array]
 
 
 def average_factored(
-    row: jax.Array, col: jax.Array, square: jax.Array, decays: jax.Array
+    row: jax.Array,
+    col: jax.Array,
+    x: jax.Array,
+    decays: jax.Array,
+    *,
+    of: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> tuple[jax.Array, jax.Array]:
-    """Moves `row` and `col` towards the means of `square` `[*shape]` over one axis."""
-    d1, d0 = factored_axes(square.shape)
-    row = average(row, _sum(square, d0) / square.shape[d0], decays)
-    return row, average(col, _sum(square, d1) / square.shape[d1], decays)
+    """Moves `row` and `col` towards the means of `of(x)` `[*shape]` over one axis.
+
+    Args:
+        row: averages over the largest axis.
+        col: averages over the second largest axis.
+        x: a tensor of rank 2 or more.
+        decays: decay rates.
+        of: an elementwise function. It meets slices of `x`: XLA would store its result
+            if it came before them.
+    """
+    d1, d0 = factored_axes(x.shape)
+    row = average(row, _sum(x, d0, of) / x.shape[d0], decays)
+    return row, average(col, _sum(x, d1, of) / x.shape[d1], decays)
 
 
 def factors(
@@ -137,16 +151,20 @@ def _sum_last(x: jax.Array) -> jax.Array:
     return jnp.dot(x, ones, precision=jax.lax.Precision.HIGHEST)
 
 
-def _sum(x: jax.Array, axis: int) -> jax.Array:
-    """Sums over one axis; the loops that XLA makes of it vectorise on the CPU."""
+def _sum(x: jax.Array, axis: int, of: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Sums `of(x)` over one axis; the loops XLA makes of it vectorise on the CPU."""
     if axis == x.ndim - 1:
-        return _sum_last(x)
+        return _sum_last(of(x))
+    if x.shape[axis] == 1:
+        x = of(x)
     while (size := x.shape[axis]) > 1:
         width = -(-size // (4 * _PARTS))
         cuts = range(0, size, width)
         parts = [
-            jax.lax.slice_in_dim(x, c, min(c + width, size), axis=axis) for c in cuts
+            of(jax.lax.slice_in_dim(x, c, min(c + width, size), axis=axis))
+            for c in cuts
         ]
+        of = lambda x: x
         if short := width - parts[-1].shape[axis]:
             padding = [(0, 0)] * x.ndim
             padding[axis] = (0, short)

@@ -19,17 +19,35 @@ class _Decays(NamedTuple):
     square: jax.Array
 
 
-class _Shared(NamedTuple):
-    """What all tensors of one update share: decays, network, and its first layer.
+class Tensor(NamedTuple):
+    """One tensor of one update in float32, and its averages; `k` decays.
 
     Attributes:
-        decays: decay rates.
+        grad: gradient `[*shape]`.
+        param: parameter `[*shape]`.
+        momenta: averages of the gradient, `[k, *shape]`.
+        square: average of the squared gradient, `[*shape]`.
+        row: averages of it over the largest axis; not averaged for vectors and scalars.
+        col: the same over the second largest axis; None for vectors and scalars.
+    """
+
+    grad: jax.Array
+    param: jax.Array
+    momenta: jax.Array
+    square: jax.Array
+    row: jax.Array
+    col: jax.Array | None
+
+
+class _Shared(NamedTuple):
+    """What all tensors of one update share: the network and its first layer.
+
+    Attributes:
         network: weights of all layers.
         weights: first layer without the time features, `[4 + 8 k, hidden]`.
         bias: first layer's bias and time features, `[hidden]`.
     """
 
-    decays: _Decays
     network: chex.ArrayTree
     weights: jax.Array
     bias: jax.Array
@@ -126,17 +144,55 @@ class SmallFC(LearnedOptimizer):
 
     def update(self, theta, grads, state, params, *, value=None, **extra):
         del value, extra
+        tensors, new_state = self.accumulate(theta, grads, state, params)
+        leaves, treedef = jax.tree.flatten(params)
+        updates = self.steps(theta, tensors, state.step)
+        pairs = zip(updates, leaves, strict=True)
+        return treedef.unflatten([u.astype(p.dtype) for u, p in pairs]), new_state
+
+    def accumulate(
+        self,
+        theta: chex.ArrayTree,
+        grads: chex.ArrayTree,
+        state: SmallFCState,
+        params: chex.ArrayTree,
+    ) -> tuple[list[Tensor], SmallFCState]:
+        """Moves all averages; returns every tensor with its own, and the new state."""
         treedef = jax.tree.structure(params)
         columns = (grads, params, state.momenta, state.square, state.row, state.col)
         leaves = zip(*(treedef.flatten_up_to(c) for c in columns), strict=True)
-        shared = self._shared(theta, state.step)
-        results = [self._update_leaf(shared, *leaf) for leaf in leaves]
-        updates, *state_leaves = zip(*results, strict=True) if results else [()] * 5
-        new_state = (treedef.unflatten(x) for x in state_leaves)
-        return treedef.unflatten(updates), SmallFCState(state.step + 1, *new_state)
+        decays = self._decays(theta)
+        tensors = [_accumulate(decays, *leaf) for leaf in leaves]
+        averages = zip(*(x[2:] for x in tensors), strict=True) if tensors else [()] * 4
+        new_state = (treedef.unflatten(x) for x in averages)
+        return tensors, SmallFCState(state.step + 1, *new_state)
 
-    def _shared(self, theta, step):
-        """Computes what all tensors share."""
+    def steps(
+        self,
+        theta: chex.ArrayTree,
+        tensors: list[Tensor],
+        step: jax.Array,
+        active: list[jax.Array] | None = None,
+    ) -> list[jax.Array]:
+        """Applies the network.
+
+        Args:
+            theta: meta-parameters.
+            tensors: what `accumulate` returned.
+            step: updates made before this one, `[]` int32.
+            active: per tensor `[*shape]` bool, the elements of vectors that count in
+                root mean squares; all by default. In matrices all elements count, as
+                they do in row and column averages.
+
+        Returns:
+            The update of every tensor, `[*shape]` float32.
+        """
+        shared = self._shared(theta, step)
+        masks = [None] * len(tensors) if active is None else active
+        pairs = zip(tensors, masks, strict=True)
+        return [self._step_of(shared, *pair) for pair in pairs]
+
+    def _decays(self, theta):
         offsets = theta["decays"]
         start = (*self.decays, *self.decays, self.square_decay)
         names = ("momentum", "factored", "square")
@@ -144,41 +200,39 @@ class SmallFC(LearnedOptimizer):
         rates = features.learned_decays(start, offset)
         k = len(self.decays)
         squared = jnp.clip(rates[k:], 0.0, 1.0)
+        return _Decays(rates[:k], squared[:k], squared[k])
+
+    def _shared(self, theta, step):
         first = theta["network"]["linear_0"]
         n = len(features.TIMESCALES)
         bias = features.time_features(step) @ first["w"][-n:] + first["b"]
-        decays = _Decays(rates[:k], squared[:k], squared[k])
-        return _Shared(decays, theta["network"], first["w"][:-n], bias)
+        return _Shared(theta["network"], first["w"][:-n], bias)
 
-    def _update_leaf(self, shared, g, p, m, v, row, col):
-        if p.size == 0:
-            return p, m, v, row, col
-        dtype, shape = p.dtype, p.shape
-        g, p = g.astype(jnp.float32), p.astype(jnp.float32)
-        decays = shared.decays
-        m = features.average(m, g, decays.momentum)
-        v = decays.square * v + (1.0 - decays.square) * (g * g)
-        square = g * g + 1e-30
-        if len(shape) < 2:
-            row = features.average(row, square, decays.factored)
-            flat = (
-                x.reshape(*x.shape[: x.ndim - len(shape)], -1)
-                for x in (g, p, m, v, row)
-            )
-            update = self._update_vector(shared, *flat)
-        else:
-            row, col = features.average_factored(row, col, square, decays.factored)
-            update = self._update_factored(shared, g, p, m, v, row, col)
-        return update.reshape(shape).astype(dtype), m, v, row, col
+    def _step_of(self, shared, tensor, active):
+        shape = tensor.param.shape
+        if tensor.param.size == 0:
+            return tensor.param
+        if len(shape) >= 2:
+            return self._update_factored(shared, *tensor)
+        flat = (
+            x.reshape(*x.shape[: x.ndim - len(shape)], -1)
+            for x in tensor
+            if x is not None
+        )
+        return self._update_vector(shared, *flat, active).reshape(shape)
 
-    def _update_vector(self, shared, g, p, m, v, row):
+    def _update_vector(self, shared, g, p, m, v, row, active):
         """Updates a vector; row and column features are the same there."""
         inverse = jax.lax.rsqrt(v + 1e-6)
         normalised = g * features.safe_rsqrt(row + 1e-9)
         parts = [g[None], p[None], m, v[None], m * inverse, inverse[None], normalised]
         parts += [row, jax.lax.rsqrt(row + 1e-8), m * jax.lax.rsqrt(row + 1e-6)]
         x = jnp.concatenate(parts)
-        mean_square = jnp.dot(x * x, jnp.ones(g.size), precision="highest") / g.size
+        counts, count = jnp.ones(g.size), g.size
+        if active is not None:
+            counts = active.reshape(-1).astype(jnp.float32)
+            count = jnp.maximum(jnp.sum(counts), 1.0)
+        mean_square = jnp.dot(x * x, counts, precision="highest") / count
         w, k = shared.weights, len(self.decays)
         own, double, last = jnp.split(w, [4 + 3 * k, 4 + 7 * k])
         double = double.reshape(2, 2, k, -1).sum(axis=1).reshape(2 * k, -1)
@@ -231,6 +285,20 @@ class SmallFC(LearnedOptimizer):
         del g, p, m, v
         d, magnitude = outputs
         return scaled(-self.step_size, d, self.magnitude_scale, magnitude)
+
+
+def _accumulate(decays, g, p, m, v, row, col):
+    if p.size == 0:
+        return Tensor(p.astype(jnp.float32), p.astype(jnp.float32), m, v, row, col)
+    g, p = g.astype(jnp.float32), p.astype(jnp.float32)
+    m = features.average(m, g, decays.momentum)
+    v = decays.square * v + (1.0 - decays.square) * (g * g)
+    square = lambda g: g * g + 1e-30
+    if g.ndim < 2:
+        row = features.average(row, square(g), decays.factored)
+    else:
+        row, col = features.average_factored(row, col, g, decays.factored, of=square)
+    return Tensor(g, p, m, v, row, col)
 
 
 def _inputs(g, p, m, v, inverse, factors):
