@@ -11,6 +11,14 @@ COMMANDS = {
         "meta-train a learned optimizer, compare it with tuned Adam, save it",
         "experiments.meta_train",
     ),
+    "reproduce": (
+        "measure the headline claim of a paper anew",
+        "experiments.reproduce.command",
+    ),
+    "stability": (
+        "tell whether an optimizer can be trusted before a long run",
+        "experiments.stability",
+    ),
     "data": ("list the datasets, or prepare one", "experiments.data"),
 }
 

@@ -1,6 +1,7 @@
 """SecantPenalty: a second meta-loss for optimizers that learn a preconditioner."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -61,6 +62,7 @@ class SecantPenalty:
     def step(self, theta, state, data, key):
         """Takes one inner step."""
         state, out = self.learner.step(theta, state, data, key)
-        penalty = self.learner.optimizer.secant_penalty(state.opt_state)
+        optimizer: Any = self.learner.optimizer
+        penalty = optimizer.secant_penalty(state.opt_state)
         loss = out.loss * out.weight + self.strength * penalty
         return state, StepOut(loss, jnp.ones_like(out.weight))

@@ -13,9 +13,10 @@ LAYERS = (
     ("task",),
     ("optimizers.base",),
     ("learner",),
-    ("optimizers", "estimators", "baselines", "augment"),
-    ("train", "evaluate", "checkpoint"),
-    ("fewshot", "stability", "interpret", "testing"),
+    ("optimizers", "estimators", "baselines", "augment", "secant"),
+    ("train", "evaluate", "checkpoint", "coordinate_check"),
+    ("interpret",),
+    ("fewshot", "stability", "testing"),
     ("registry",),
     ("weights",),
     ("",),  # metaopt/__init__.py

@@ -116,4 +116,7 @@ def mean_over_tasks(grads: chex.ArrayTree, losses: jax.Array) -> Estimate:
 
 def task_arguments(num_tasks: int, key: jax.Array) -> dict[str, Any]:
     """Returns the per-task arguments every estimator needs: its number and its key."""
-    return {"index": jnp.arange(num_tasks), "key": jax.random.split(key, num_tasks)}
+    return {
+        "index": jnp.arange(num_tasks, dtype=jnp.int32),
+        "key": jax.random.split(key, num_tasks),
+    }

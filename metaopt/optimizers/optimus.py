@@ -201,7 +201,8 @@ class Optimus(LearnedOptimizer):
         scale, and the change `y` of the gradient along it, averaged over the blocks; 0
         before the second update. See `metaopt.secant.SecantPenalty`.
         """
-        return sum(block.penalty for block in state.blocks) / max(1, len(state.blocks))
+        total = sum((block.penalty for block in state.blocks), jnp.float32(0.0))
+        return total / max(1, len(state.blocks))
 
     def _partition(self, params):
         """Returns the indices of the tensors in each block."""
@@ -301,7 +302,7 @@ class _Signals(NamedTuple):
         active: coordinates in use, `[n]` bool.
         pair: the last step and change of the gradient.
         tokens: features `[F, n]`, None without encoders.
-        count: updates made, `[]` int32.
+        updates: updates made, `[]` int32.
     """
 
     grad: jax.Array
@@ -309,7 +310,7 @@ class _Signals(NamedTuple):
     active: jax.Array
     pair: curvature.Pair
     tokens: jax.Array | None
-    count: jax.Array
+    updates: jax.Array
 
 
 def _limited(x: jax.Array) -> jax.Array:

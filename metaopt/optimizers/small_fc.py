@@ -214,12 +214,12 @@ class SmallFC(LearnedOptimizer):
             return tensor.param
         if len(shape) >= 2:
             return self._update_factored(shared, *tensor)
-        flat = (
+        g, p, m, v, row = (
             x.reshape(*x.shape[: x.ndim - len(shape)], -1)
             for x in tensor
             if x is not None
         )
-        return self._update_vector(shared, *flat, active).reshape(shape)
+        return self._update_vector(shared, g, p, m, v, row, active).reshape(shape)
 
     def _update_vector(self, shared, g, p, m, v, row, active):
         """Updates a vector; row and column features are the same there."""

@@ -23,7 +23,7 @@ def token_features(tensor: Tensor, active: jax.Array) -> jax.Array:
     """
     g, p, m, v, row, col = tensor
     inverse = jax.lax.rsqrt(v + 1e-6)
-    if g.ndim < 2:
+    if col is None:
         factors = features.safe_rsqrt(row + 1e-9)
         rows, cols, last = row, row, m * jax.lax.rsqrt(row + 1e-6)
     else:
@@ -33,10 +33,10 @@ def token_features(tensor: Tensor, active: jax.Array) -> jax.Array:
         factors = factors * jnp.expand_dims(col_factor, 1 + d1)
         rows, cols = jnp.expand_dims(row, 1 + d0), jnp.expand_dims(col, 1 + d1)
         last, active = m * factors, jnp.ones(g.shape, bool)
-    x = [g[None], p[None], m, v[None], m * inverse, inverse[None], g * factors]
-    x += [rows, cols, jax.lax.rsqrt(rows + 1e-8), jax.lax.rsqrt(cols + 1e-8), last]
-    x = [jnp.broadcast_to(a, (len(a), *g.shape)) for a in x]
-    x = jnp.concatenate(x).reshape(-1, g.size)
+    parts = [g[None], p[None], m, v[None], m * inverse, inverse[None], g * factors]
+    parts += [rows, cols, jax.lax.rsqrt(rows + 1e-8), jax.lax.rsqrt(cols + 1e-8)]
+    parts = [jnp.broadcast_to(a, (len(a), *g.shape)) for a in (*parts, last)]
+    x = jnp.concatenate(parts).reshape(-1, g.size)
     mean_square = curvature.active_mean(x * x, active.reshape(-1))
     return x * features.inverse_rms(mean_square)[:, None]
 

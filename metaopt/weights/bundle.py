@@ -7,13 +7,15 @@ import pathlib
 from importlib import resources
 from typing import Any
 
+import chex
 import jax
 import optax
 
 from metaopt import validate
 from metaopt._files import write_atomically
+from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.registry import OPTIMIZERS
-from metaopt.weights.store import Contents, load_weights, read, rebuild
+from metaopt.weights.store import Contents, read, rebuild
 
 _FOLDER = resources.files("metaopt.weights")
 
@@ -57,13 +59,33 @@ def load(
     >>> updates.tolist()
     [-0.5, -0.5]
     """
+    optimizer, theta, _ = load_with_info(name_or_path)
+    return optimizer.as_optax(theta, num_steps=num_steps, key=key)
+
+
+def load_with_info(
+    name_or_path: str | os.PathLike[str],
+) -> tuple[LearnedOptimizer, chex.ArrayTree, dict[str, Any]]:
+    """Returns a pretrained learned optimizer, its theta, and its provenance.
+
+    Args:
+        name_or_path: a name from `available()`, or a file that `save_weights` wrote.
+
+    Raises:
+        ValueError: as `load`.
+
+    >>> optimizer, theta, info = load_with_info("digits-small-fc")
+    >>> type(optimizer).__name__, info["git"] != ""
+    ('SmallFC', True)
+    """
     if name_or_path in _index():
-        optimizer, theta = _load_bundled(str(name_or_path))
+        label, data = _bundled(str(name_or_path))
     elif pathlib.Path(name_or_path).is_file():
-        optimizer, theta = load_weights(name_or_path)
+        label, data = str(name_or_path), pathlib.Path(name_or_path).read_bytes()
     else:
         raise ValueError(_unknown(os.fspath(name_or_path)))
-    return optimizer.as_optax(theta, num_steps=num_steps, key=key)
+    contents = read(data, label)
+    return *rebuild(contents, label, OPTIMIZERS), contents.info
 
 
 def add(name: str, path: pathlib.Path, *, folder: pathlib.Path, summary: str) -> None:
@@ -112,7 +134,8 @@ def _index() -> dict[str, dict[str, Any]]:
     return json.loads(_FOLDER.joinpath("index.json").read_text())
 
 
-def _load_bundled(name: str):
+def _bundled(name: str) -> tuple[str, bytes]:
+    """Returns the name of a file of the package, and its verified bytes."""
     entry = _index()[name]
     data = _FOLDER.joinpath(entry["file"]).read_bytes()
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
@@ -120,7 +143,7 @@ def _load_bundled(name: str):
             f"The bundled weights {name!r} are damaged: {entry['file']} differs from "
             "the package's index. Install metaopt-jax again."
         )
-    return rebuild(read(data, entry["file"]), entry["file"], OPTIMIZERS)
+    return entry["file"], data
 
 
 def _unknown(name: str) -> str:

@@ -1,0 +1,1 @@
+"""Reproductions: one file per paper, its claim and number beside ours."""

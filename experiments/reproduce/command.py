@@ -1,0 +1,144 @@
+"""The command `reproduce`: one paper's headline claim, measured anew."""
+
+import dataclasses
+import importlib
+import json
+import math
+import pathlib
+import time
+from typing import Any
+
+from experiments import backend, console
+
+_COMMAND = "python -m experiments reproduce"
+
+# Name -> (what `--help` says, the module whose `main(out, full)` gives the report).
+PAPERS = {
+    "chaos": (
+        "gradients through long unrolls explode (Metz et al., 2021)",
+        "experiments.reproduce.chaos",
+    ),
+    "grr": (
+        "exponents find the branches of games (Lorraine et al., 2022)",
+        "experiments.reproduce.grr",
+    ),
+    "noisy-quadratic": (
+        "stability regions of nominal and black-box terms (Harrison et al., 2022)",
+        "experiments.reproduce.noisy_quadratic",
+    ),
+    "optimus": (
+        "a transformer that learns a BFGS-like preconditioner (Gaertner et al., 2023)",
+        "experiments.reproduce.optimus",
+    ),
+    "optimus-ablation": (
+        "which choices of that reconstruction matter",
+        "experiments.reproduce.optimus_ablation",
+    ),
+    "reverse-engineering": (
+        "what a recurrent optimizer computes (Maheswaranathan et al., 2021)",
+        "experiments.reproduce.reverse_engineering",
+    ),
+    "star": (
+        "a nominal term keeps a learned optimizer stable (Harrison et al., 2022)",
+        "experiments.reproduce.star",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Options of a reproduction.
+
+    Attributes:
+        out: folder for everything that it leaves behind; a second start goes on where
+            the first was interrupted.
+        full: the size meant for a GPU, instead of that for two CPU cores.
+    """
+
+    out: pathlib.Path
+    full: bool = False
+
+
+def usage() -> str:
+    """Returns the text of `--help` without a paper."""
+    summaries = {name: summary for name, (summary, _) in PAPERS.items()}
+    return (
+        f"usage: {_COMMAND} PAPER [--out DIR] [--full]\n\n"
+        f"papers:\n{console.columns(summaries)}\n\n"
+        "An interrupted reproduction goes on when it is started again.\n"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Runs `python -m experiments reproduce ...`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    console.check_choice("paper", name, PAPERS)
+    backend.prepare()
+
+    from experiments import options
+
+    default = Launch(out=pathlib.Path("runs", f"reproduce-{name}"))
+    launch = options.parse(default, rest, command=f"{_COMMAND} {name}")
+    return _run(name, launch)
+
+
+def _run(name: str, launch: Launch) -> int:
+    from experiments.run import provenance, writing
+    from metaopt._files import write_atomically
+
+    module = importlib.import_module(PAPERS[name][1])
+    started = time.monotonic()
+    path = launch.out / "report.json"
+    with writing(launch.out):
+        launch.out.mkdir(parents=True, exist_ok=True)
+        report = module.main(launch.out, launch.full)
+        info = {
+            "paper": name,
+            "full": launch.full,
+            "seconds": round(time.monotonic() - started, 1),
+            **provenance(),
+        }
+        text = json.dumps(_jsonable({**report, "info": info}), indent=2)
+        write_atomically(path, f"{text}\n".encode())
+    _show(report)
+    plots = sorted(p.name for p in launch.out.glob("*.png"))
+    print(f"Wrote {path}" + (f" and {', '.join(plots)}." if plots else "."))
+    return 0
+
+
+def _show(report: dict[str, Any]) -> None:
+    """Prints the claim, the paper's number, ours, and the tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    screen = Console()
+    for title, rows in report["tables"].items():
+        table = Table(title=title)
+        for column in rows[0] if rows else ():
+            numeric = not isinstance(rows[0][column], str)
+            table.add_column(column, justify="right" if numeric else "left")
+        for row in rows:
+            table.add_row(*(_cell(value) for value in row.values()))
+        screen.print(table)
+    for part in ("claim", "paper", "ours"):
+        screen.print(f"[bold]{part}[/bold]  {report[part]}", highlight=False)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _jsonable(value: Any) -> Any:
+    """Replaces numbers that JSON has no word for by None."""
+    if isinstance(value, dict):
+        return {str(name): _jsonable(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(x) for x in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

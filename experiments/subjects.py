@@ -1,0 +1,96 @@
+"""Finding the optimizer that a command line names."""
+
+import importlib
+import inspect
+import pathlib
+from typing import Any
+
+import optax
+
+import metaopt
+from experiments.console import UsageError, check_choice
+from metaopt.stability import field
+from metaopt.stability.subject import Subject, subject
+from metaopt.weights import load_with_info
+
+
+def find(name: str, *, rate: float | None, horizon: int | None) -> Subject:
+    """Returns the optimizer that `name` stands for.
+
+    Args:
+        name: a safetensors file, `module:function`, bundled weights, an optimizer of
+            `metaopt.stability.field`, or with `rate` one of optax.
+        rate: learning rate of an optimizer of optax.
+        horizon: inner steps of the runs it was meta-trained for.
+
+    Raises:
+        UsageError: if there is no such optimizer, or it does not fit.
+    """
+    try:
+        if rate is not None:
+            return subject(_of_optax(name, rate), name=f"{name} {rate:g}")
+        if pathlib.Path(name).is_file() or name in metaopt.available():
+            optimizer, theta, info = load_with_info(name)
+            horizon = horizon or trained_for(info)
+            return subject(optimizer, theta=theta, name=name, horizon=horizon)
+        if ":" in name:
+            return _made(name, horizon)
+    except (TypeError, ValueError, OSError) as error:
+        raise UsageError(f"{name}: {error}") from error
+    known = {**field.references(), **field.broken()}
+    options = [*metaopt.available(), *known]
+    if name not in options and callable(getattr(optax, name, None)):
+        raise UsageError(f"{name} of optax needs --learning-rate.")
+    check_choice("optimizer", name, options)
+    return known[name]
+
+
+def trained_for(info: Any) -> int | None:
+    """Returns the longest horizon that provenance tells of, None if it tells none.
+
+    >>> trained_for({"config": {"learner": {"horizon": {"maximum": 1000}}}})
+    1000
+    """
+    if isinstance(info, list):
+        found = [trained_for(x) for x in info]
+    elif isinstance(info, dict):
+        here = info.get("horizon")
+        here = here.get("maximum") if isinstance(here, dict) else here
+        found = [trained_for(x) for x in info.values()]
+        found += [here] if type(here) is int else []
+    else:
+        return None
+    return max((x for x in found if x), default=None)
+
+
+def _of_optax(name: str, rate: float) -> Any:
+    factory = getattr(optax, name, None)
+    if not callable(factory) or "learning_rate" not in _parameters(factory):
+        raise ValueError("optax has no optimizer of that name with a learning rate.")
+    return factory(rate)
+
+
+def _made(name: str, horizon: int | None) -> Subject:
+    """Calls `module:function`, with the number of inner steps if it takes one."""
+    module, _, function = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{name} cannot be imported: {error}.") from error
+    if _parameters(factory):
+        return subject(factory, name=name, horizon=horizon)
+    made = factory()
+    if isinstance(made, Subject):
+        return made
+    optimizer, theta = made if type(made) is tuple else (made, None)
+    return subject(optimizer, theta=theta, name=name, horizon=horizon)
+
+
+def _parameters(function: Any) -> dict[str, inspect.Parameter]:
+    """Returns the parameters that can be given by position."""
+    kinds = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
+    parameters = inspect.signature(function).parameters
+    return {name: p for name, p in parameters.items() if p.kind in kinds}

@@ -1,0 +1,55 @@
+"""What a learned optimizer computes, read from its dynamics."""
+
+from metaopt.interpret.cell import Cell, as_optax, embedded_cell, separable_cell
+from metaopt.interpret.fixed_points import (
+    Components,
+    FixedPoints,
+    fixed_points,
+    principal_components,
+)
+from metaopt.interpret.linearise import (
+    Linear,
+    Modes,
+    Optimum,
+    linear_cell,
+    linearise,
+    modes,
+    optimum,
+)
+from metaopt.interpret.optimizer import Panel, examine, linear_loss
+from metaopt.interpret.record import Record, record
+from metaopt.interpret.update_functions import (
+    Adaptation,
+    adaptation,
+    autonomous_schedule,
+    gradient_histogram,
+    update_functions,
+)
+
+__all__ = [
+    "Adaptation",
+    "Cell",
+    "Components",
+    "FixedPoints",
+    "Linear",
+    "Modes",
+    "Optimum",
+    "Panel",
+    "Record",
+    "adaptation",
+    "as_optax",
+    "autonomous_schedule",
+    "embedded_cell",
+    "examine",
+    "fixed_points",
+    "gradient_histogram",
+    "linear_cell",
+    "linear_loss",
+    "linearise",
+    "modes",
+    "optimum",
+    "principal_components",
+    "record",
+    "separable_cell",
+    "update_functions",
+]

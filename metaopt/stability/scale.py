@@ -1,0 +1,216 @@
+"""S8: does the optimizer depend on the units of the loss and of the parameters?"""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from metaopt import validate
+from metaopt.stability.horizon import BOWL, MOONS
+from metaopt.stability.probe import Level, Probe, Verdict
+from metaopt.stability.problems import MoonsNet
+from metaopt.stability.rescale import (
+    KINDS,
+    Change,
+    change_of,
+    equivariance_errors,
+    stacked,
+    sweep,
+)
+from metaopt.stability.subject import Subject
+from metaopt.stability.system import System
+from metaopt.task import Task
+
+_EQUIVARIANT = ("loss", "global", "tensor", "element")
+_GOOD = 0.9
+
+
+def basin(factors: np.ndarray, progress: np.ndarray) -> tuple[float, float]:
+    """Returns the ends of the range around the best factor where progress is good.
+
+    Args:
+        factors: increasing, `[n]`.
+        progress: share of the best progress, `[n]`; good is 0.9 and more, in between
+            the grid it is interpolated over the logarithm of the factor.
+
+    >>> low, high = basin(np.array([0.1, 1.0, 10.0]), np.array([0.8, 1.0, 0.0]))
+    >>> round(low, 3), round(high, 3)
+    (0.316, 1.259)
+    """
+    x = np.log10(factors)
+    y = np.where(np.isfinite(progress), progress, -1e9)
+    best = int(np.argmax(y))
+    if y[best] < _GOOD:
+        return float(factors[best]), float(factors[best])
+
+    def end(step):
+        i = best
+        while 0 <= i + step < len(x) and y[i + step] >= _GOOD:
+            i += step
+        if not 0 <= i + step < len(x):
+            return x[i]
+        part = (y[i] - _GOOD) / (y[i] - y[i + step])
+        return x[i] + part * (x[i + step] - x[i])
+
+    return float(10.0 ** end(-1)), float(10.0 ** end(1))
+
+
+def progress_of(final: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Returns the share of the best decrease of the loss, median over seeds, `[n]`.
+
+    Args:
+        final: last losses, `[n, seeds]`.
+        first: first losses, `[seeds]`.
+    """
+    final, first = np.asarray(final, np.float64), np.asarray(first, np.float64)
+    final = np.where(np.isfinite(final), final, np.inf)
+    best = np.min(final, axis=0)
+    gain = np.maximum(first - best, 1e-12)
+    return np.median(np.clip((first - final) / gain, -1e9, None), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleProbe(Probe):
+    """Sweeps factors on loss, step size, start and the units of parameters.
+
+    Attributes:
+        tasks: names and problems.
+        length: steps of each run.
+        per_decade: factors per decade, for the kinds over up to two decades; half of
+            that for the others.
+        num_seeds: runs per factor.
+        sizes: names of size sweeps with their values and problems.
+    """
+
+    code: ClassVar[str] = "S8"
+    title: ClassVar[str] = "Scale robustness"
+    question: ClassVar[str] = "Does it depend on the units of loss and parameters?"
+
+    tasks: tuple[tuple[str, Task], ...] = (
+        ("bowl", BOWL),
+        ("moons", MOONS),
+    )
+    length: int = 300
+    per_decade: int = 4
+    num_seeds: int = 3
+    sizes: tuple[tuple[str, tuple[tuple[int, Task], ...]], ...] = ()
+
+    def __post_init__(self):
+        validate.integer("length", self.length, minimum=10)
+        for name in ("per_decade", "num_seeds"):
+            validate.integer(name, getattr(self, name))
+
+    @classmethod
+    def full(cls):
+        width = tuple((n, MoonsNet((n, n), 32)) for n in (64, 256, 1024, 4096))
+        depth = tuple((n, MoonsNet((16,) * n, 32)) for n in (2, 4, 8, 16, 32))
+        batch = tuple((n, MoonsNet((16, 16), n)) for n in (1, 4, 16, 64, 128))
+        return cls(
+            length=2000,
+            per_decade=6,
+            num_seeds=5,
+            sizes=(("width", width), ("depth", depth), ("batch", batch)),
+        )
+
+    def factors(self, kind: str) -> np.ndarray:
+        """Returns the factors `[n]` of a kind; 1 is among them."""
+        decades = KINDS[kind]
+        steps = decades * max(1, self.per_decade // (1 if decades <= 2 else 2))
+        return np.logspace(-decades, decades, 2 * steps + 1)
+
+    def measure(self, subject, key):
+        measured = {"tasks": np.array([name for name, _ in self.tasks])}
+        grids = {kind: self.factors(kind) for kind in KINDS}
+        changes = stacked([change_of(k, f) for k, grid in grids.items() for f in grid])
+        exact = stacked([change_of(k, f) for k in _EQUIVARIANT for f in grids[k]])
+        ends = np.cumsum([len(grid) for grid in grids.values()])[:-1]
+        cuts = np.cumsum([len(grids[kind]) for kind in _EQUIVARIANT])[:-1]
+        finals, firsts, errors = [], [], []
+        for _, task in self.tasks:
+            system = System(task, subject, self.length)
+            final, first = sweep(system, changes, key, num_seeds=self.num_seeds)
+            finals.append(np.split(np.asarray(final), ends))
+            firsts.append(np.asarray(first))
+            error = equivariance_errors(system, exact, key, length=10)
+            errors.append(np.split(np.asarray(error), cuts))
+        measured["first"] = np.stack(firsts)
+        for i, (kind, grid) in enumerate(grids.items()):
+            measured[f"{kind}_factors"] = grid
+            measured[f"{kind}_final"] = np.stack([final[i] for final in finals])
+        for i, kind in enumerate(_EQUIVARIANT):
+            measured[f"{kind}_error"] = np.stack([error[i] for error in errors])
+        return measured | self._sizes(subject, key)
+
+    def _sizes(self, subject: Subject, key):
+        """Returns final losses `[sizes, seeds]` of the sweeps over sizes."""
+        found = {}
+        for name, problems in self.sizes:
+            rows = []
+            for _, task in problems:
+                system = System(task, subject, self.length)
+                one = stacked([Change()])
+                rows.append(sweep(system, one, key, num_seeds=self.num_seeds)[0][0])
+            found[f"{name}_values"] = np.array([value for value, _ in problems])
+            found[f"{name}_size_final"] = np.stack([np.asarray(row) for row in rows])
+        return found
+
+    def judge(self, measured, references):
+        """Judges the own step size, the basin of step sizes, and that of loss scales.
+
+        FAIL if no step size lowers the loss, or the one at hand makes less than a
+        quarter of the progress of the best: training then hangs on a number that is
+        wrong. Tuned SGD makes the least of the healthy ones; the broken ones make none.
+        WARN if the step size may vary by less than a decade. For the loss scale three
+        decades are asked, but never more than the basin of step sizes: a rule that is
+        linear in the gradient, such as SGD, cannot tell the two apart.
+        """
+        rows = [_basins(measured, i) for i in range(len(measured["tasks"]))]
+        own = max(min(row["own"] for row in rows), -1.0)
+        step = min(row["step"] for row in rows)
+        ratio = min(row["loss"] / max(min(3.0, row["step"]), 0.1) for row in rows)
+        loss = min(row["loss"] for row in rows)
+        told = (
+            f"Step sizes may vary by {step:.1f} decades and loss scales by {loss:.1f}; "
+            f"its own step size makes {max(own, 0.0):.0%} of the best progress."
+        )
+        if not own >= 0.25:
+            return Verdict(Level.FAIL, own, 0.25, told)
+        if step < 1.0:
+            return Verdict(Level.WARN, step, 1.0, told)
+        if ratio < 0.8:
+            return Verdict(Level.WARN, loss, 3.0, told)
+        return Verdict(Level.PASS, step, 1.0, told)
+
+    def plot(self, measured, references, axes):
+        for kind in KINDS:
+            factors = measured[f"{kind}_factors"]
+            rows = [
+                progress_of(final, first)
+                for final, first in zip(
+                    measured[f"{kind}_final"], measured["first"], strict=True
+                )
+            ]
+            label = kind if kind in ("loss", "step", "init") else f"units, {kind}"
+            axes.plot(factors, np.clip(np.min(rows, axis=0), -0.2, None), label=label)
+        axes.axhline(_GOOD, linestyle="--", linewidth=1.0, label="basin")
+        axes.set_xscale("log")
+        axes.set_xlabel("factor")
+        axes.set_ylabel("share of the best progress, worst problem")
+        axes.legend()
+
+
+def _basins(measured, task: int) -> dict[str, float]:
+    """Returns progress at the own step size, and widths in decades, of one task."""
+    result = {}
+    first = measured["first"][task]
+    for kind in ("step", "loss"):
+        factors = measured[f"{kind}_factors"]
+        final = measured[f"{kind}_final"][task]
+        progress = progress_of(final, first)
+        low, high = basin(factors, progress)
+        result[kind] = float(np.log10(high / low))
+        if kind == "step":
+            lowers = np.median(np.min(np.nan_to_num(final, nan=np.inf), 0) / first) < 1
+            at_one = float(progress[len(factors) // 2])
+            result["own"] = at_one if lowers else -1.0
+    return result

@@ -1,0 +1,244 @@
+"""The guard hands over when it must, never when it need not, and says why."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt.stability import guard, guard_report
+from metaopt.stability.coverage import fit_coverage, generic_features
+from metaopt.stability.faults import Fault, inject
+from metaopt.stability.guard_state import GuardState, Reason
+
+PARAMS = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "b": jnp.ones(3)}
+H = {"w": 1.0, "b": 3.0}
+STEPS = 120
+
+
+def loss_fn(params):
+    return sum(0.5 * H[k] * jnp.sum(params[k].astype(jnp.float32) ** 2) for k in H)
+
+
+def train(make, params, *given):
+    """Trains with `make(*given)`; the first of `given` scales each step's gradient."""
+    tx = optax.with_extra_args_support(make(*given[1:]))
+
+    def body(carry, factor):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss_fn)(params)
+        grads = jax.tree.map(lambda g: (factor * g).astype(g.dtype), grads)
+        updates, state = tx.update(grads, state, params, value=value)
+        finite = jnp.stack([jnp.isfinite(u).all() for u in jax.tree.leaves(updates)])
+        return (optax.apply_updates(params, updates), state), (value, finite.all())
+
+    carry, (losses, finite) = jax.lax.scan(body, (params, tx.init(params)), given[0])
+    return *carry, losses, finite
+
+
+# One program for every rule; what differs between the cases is an argument.
+run = jax.jit(train, static_argnums=0)
+
+
+def ones(**changes):
+    scale = np.ones(STEPS, np.float32)
+    for step, factor in changes.items():
+        scale[int(step[1:])] = factor
+    return jnp.asarray(scale)
+
+
+def bad_from(step, value):
+    """SGD whose updates are `value` times what they should be from `step` on."""
+
+    def scale(count):
+        return jnp.where(count >= step, value, 1.0)
+
+    return optax.chain(optax.sgd(0.1), optax.scale_by_schedule(scale))
+
+
+def guarded_bad(value):
+    tx = bad_from(40, value)
+    return guard(tx, optax.sgd(0.05), patience=20, refresh=1)
+
+
+def guarded_adam():
+    return guard(optax.adam(1e-2), optax.adamw(1e-3), patience=20)
+
+
+def adam():
+    return optax.adam(1e-2)
+
+
+def test_a_healthy_run_is_that_of_the_optimizer():
+    expected, _, losses, _ = run(adam, PARAMS, ones())
+    params, state, guarded, _ = run(guarded_adam, PARAMS, ones())
+    for k in H:
+        np.testing.assert_allclose(params[k], expected[k], rtol=1e-5)
+    np.testing.assert_allclose(guarded, losses, rtol=1e-5)
+    assert int(state.trips) == 0 and int(state.skipped) == 0
+    assert guard_report(state) == (
+        "The optimizer was in charge for all 120 steps; the fallback was never needed."
+    )
+
+
+def loss_rule(losses, patience):
+    """Returns the step at which the loss has been too high for `patience` steps."""
+    best = mean = losses[0]
+    high = 0
+    for step, loss in enumerate(losses):
+        high = high + 1 if loss > 2 * best + 0.01 * losses[0] else 0
+        if high == patience:
+            return step
+        mean += 2 / (patience + 1) * (loss - mean)
+        best = min(best, mean)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (jnp.nan, "NON_FINITE_UPDATE"),
+        (-jnp.inf, "NON_FINITE_UPDATE"),
+        (1e4, "LARGE_UPDATE"),
+        (-0.5, "LOSS"),
+    ],
+)
+def test_a_broken_optimizer_is_replaced(value, reason):
+    value = jnp.float32(value)
+    params, state, losses, finite = run(guarded_bad, PARAMS, ones(), value)
+    assert bool(finite.all())
+    assert Reason(int(state.reason)).name == reason
+    step = int(state.first_step)
+    assert step == (40 if reason != "LOSS" else loss_rule(np.asarray(losses), 20))
+    # From the hand-over on the fallback does what it does alone; SGD has no memory.
+    factor = {k: (1 - 0.05 * H[k]) ** (STEPS - 1 - step) for k in H}
+    if reason != "LOSS":
+        after = {k: (1 - 0.1 * H[k]) ** 40 * PARAMS[k] for k in H}
+        for k in H:
+            got = np.asarray(params[k])
+            wanted = np.asarray(after[k]) * factor[k] * (1 - 0.05 * H[k])
+            np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-9)
+    assert float(losses[-1]) < float(losses[step])
+    report = guard_report(state)
+    assert f"took over at step {step}" in report and "fallback is in charge" in report
+
+
+def test_bad_gradients_reach_neither_optimizer():
+    """Skipping a step is the same as never having had it."""
+    scale = ones(_30=jnp.nan, _50=1e8, _51=jnp.inf)
+    params, state, _, finite = run(guarded_adam, PARAMS, scale)
+    assert bool(finite.all()) and int(state.skipped) == 3 and int(state.trips) == 0
+    expected, *_ = run(adam, PARAMS, jnp.ones(STEPS - 3))
+    for k in H:
+        np.testing.assert_allclose(params[k], expected[k], rtol=1e-5)
+    assert "3 steps made no update" in guard_report(state)
+
+
+def test_a_new_size_of_gradients_is_accepted_in_the_end():
+    scale = ones().at[30:].set(1e5)
+    _, state, _, _ = run(guarded_adam, PARAMS, scale)
+    assert int(state.skipped) == 20 and int(state.rejected) == 0
+    assert int(state.trips) == 0
+
+
+def test_without_value_the_loss_is_not_watched():
+    tx = guard(optax.sgd(-0.01), patience=5)
+    state = tx.init(PARAMS)
+    for _ in range(3):
+        _, state = tx.update(PARAMS, state, PARAMS)
+    assert np.isnan(state.loss) and int(state.high) == 0
+    with pytest.raises(ValueError, match="guard reads the parameters"):
+        tx.update(PARAMS, state)
+
+
+def test_cooldown_gives_a_fresh_start():
+    # A trace of momentum, broken once: after the pause it starts from zero.
+    def make():
+        return guard(bad_from(40, jnp.nan), optax.sgd(0.05), cooldown=10, refresh=1)
+
+    _, state, _, _ = run(make, PARAMS, ones())
+    # Trips at 40, returns at 51 with a schedule that starts anew and trips 40 later.
+    assert int(state.trips) == 2
+    assert (int(state.first_step), int(state.last_step)) == (40, 90)
+    assert "It did so 2 times, the last time at step 90" in guard_report(state)
+
+
+def test_foreign_inputs_trip():
+    rng = np.random.default_rng(0)
+    grads = jnp.asarray(rng.standard_normal(500), jnp.float32)
+    known = generic_features(grads, -0.1 * grads, grads)
+    coverage = fit_coverage(np.asarray(known))
+    state, trips = None, []
+    for scale in (1.0, 1e-4):
+        tx = guard(optax.sgd(0.1), patience=3, coverage=(coverage, 0.05))
+        state = tx.init(grads)
+        for _ in range(5):
+            _, state = tx.update(scale * grads, state, grads)
+        trips.append(int(state.trips))
+    assert trips == [0, 1] and int(state.reason) == Reason.COVERAGE
+    assert "unlike those of healthy runs" in guard_report(state)
+
+
+FAULTS = {
+    "NaN": (Fault(spike=jnp.nan, spike_step=60), 1),
+    "1e8": (Fault(spike=1e8, spike_step=60), 1),
+    "delay": (Fault(delay=8), 0),
+    "noise": (Fault(noise=1.0), 0),
+    "lost": (Fault(drop=0.9), 0),
+    "sign": (Fault(sign_only=1.0), 0),
+}
+
+
+def guarded_behind(fault):
+    return inject(guard(optax.sgd(0.02)), fault, jax.random.key(0))
+
+
+def guarded_in_front():
+    tx = inject(optax.sgd(0.1), Fault(delay=8), jax.random.key(0))
+    return guard(tx, optax.sgd(0.05), patience=10)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_injected_faults_are_survived(name):
+    """The fault sits in front of the guard, as a broken data pipeline does."""
+    fault, skipped = FAULTS[name]
+    fault = Fault(*(jnp.asarray(x, jnp.float32) for x in fault))
+    params, state, losses, finite = run(guarded_behind, PARAMS, ones(), fault)
+    assert bool(finite.all()) and all(np.isfinite(p).all() for p in params.values())
+    assert int(state.inner.skipped) == skipped
+    assert float(losses[-1]) < 0.5 * float(losses[0])
+    assert int(state.bad) == 0
+
+
+def test_a_long_delay_trips():
+    """Delay 8 is unstable at lr * h = 0.3: the loss grows until the guard steps in."""
+    _, state, losses, _ = run(guarded_in_front, PARAMS, ones())
+    assert int(state.reason) == Reason.LOSS
+    assert float(losses[-1]) < 0.1 * float(losses.max())
+
+
+def test_plug_in():
+    """In chains and in bfloat16, under scan; scalars and empty leaves."""
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    make = lambda: optax.chain(optax.clip_by_global_norm(10.0), guarded_adam())
+    params, state, losses, _ = run(make, half, ones())
+    assert all(p.dtype == jnp.bfloat16 for p in params.values())
+    assert float(losses[-1]) < float(losses[0])
+    assert guard_report(state).startswith("The optimizer was in charge")
+    odd = {"scale": jnp.float32(0.7), "empty": jnp.zeros((0, 2))}
+    tx = guard(optax.adam(1e-2))
+    updates, state = tx.update(odd, tx.init(odd), odd)
+    assert jax.tree.map(jnp.shape, updates) == {"scale": (), "empty": (0, 2)}
+    again = jax.tree.map(lambda a, b: a.dtype == b.dtype, state, tx.init(odd))
+    assert all(jax.tree.leaves(again)) and isinstance(state, GuardState)
+
+
+def test_arguments():
+    for name in ("loss_factor", "update_factor", "gradient_factor"):
+        with pytest.raises(ValueError, match=f"{name} must lie in"):
+            guard(optax.sgd(0.1), **{name: 1.0})
+    for name in ("patience", "refresh", "cooldown"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+            guard(optax.sgd(0.1), **{name: 0})
+    with pytest.raises(ValueError, match="must be or hold a GuardState"):
+        guard_report(())

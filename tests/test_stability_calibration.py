@@ -1,0 +1,36 @@
+"""Healthy optimizers pass the quick suite; broken ones fail what names their fault."""
+
+import pytest
+
+from metaopt.stability import field
+from metaopt.stability.probe import Level
+from metaopt.stability.suite import QUICK, run_suite
+
+NAMED = {
+    "sgd, learning rate twice over the bound": ("S1",),
+    "sgd, sign flipped": ("S1", "S14"),
+    "momentum above 1": ("S1", "S5"),
+    "SmallFC, untrained": ("S1", "S7"),
+}
+
+
+def test_every_broken_optimizer_has_a_probe_that_names_its_fault():
+    assert set(NAMED) == set(field.broken())
+    assert {code for codes in NAMED.values() for code in codes} <= set(QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", QUICK)
+@pytest.mark.parametrize("name", field.references())
+def test_references_pass(name, code):
+    (result,) = run_suite(field.references()[name], probes=[code]).results
+    assert result.verdict.level is Level.PASS, result.verdict.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "code"), [(name, code) for name in NAMED for code in NAMED[name]]
+)
+def test_broken_optimizers_fail(name, code):
+    (result,) = run_suite(field.broken()[name], probes=[code]).results
+    assert result.verdict.level is Level.FAIL, result.verdict.reason
