@@ -17,7 +17,7 @@ from metaopt.optimizers import Optimus
 
 
 def variants() -> dict[str, Optimus]:
-    """Returns the optimizer of the reproduction, and others that differ in one field."""
+    """Returns the reproduction's optimizer, and others that differ in one field."""
     base = rules()["Optimus"]
     assert isinstance(base, Optimus)
     changes: dict[str, dict[str, Any]] = {
@@ -58,8 +58,8 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
         "paper": "Not reported.",
         "ours": (
             f"As reproduced {base[column]:.2f}; best change: {rest[0]['variant']} "
-            f"({rest[0][column]:.2f}), worst: {worst['variant']} ({worst[column]:.2f}). "
-            "One seed each."
+            f"({rest[0][column]:.2f}), worst: {worst['variant']} "
+            f"({worst[column]:.2f}). One seed each."
         ),
         "tables": {"Mean log gap over a run of 200 evaluations": [base, *rest]},
     }
