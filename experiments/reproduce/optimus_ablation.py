@@ -37,7 +37,7 @@ def variants() -> dict[str, Optimus]:
 def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
     """Meta-trains every variant; see `experiments.reproduce.command`."""
     size = Size(10_000, 64, 0) if full else Size(1500, 16, 0)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, optimizer in variants().items():
         folder = out / name.lower().replace(" ", "-")
         config = meta_training(optimizer, size)

@@ -216,7 +216,7 @@ class FaultProbe(Probe):
 
         FAIL if an update is not finite although everything the optimizer ever saw was:
         there is no excuse for that. FAIL if training does not work without any fault:
-        if it leaves 90% of the first loss, of which the references leave 11% at most.
+        if it leaves 90% of the first loss, of which the references leave 29% at most.
         FAIL if the median run has not recovered from one gradient of ten times its size
         by the end. WARN if that takes more than 2% of the run, the bound of the
         literature, and more than twice the slowest reference: an optimizer with memory

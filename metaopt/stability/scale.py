@@ -159,7 +159,7 @@ class ScaleProbe(Probe):
 
         FAIL if no step size lowers the loss, or the one at hand makes less than a
         quarter of the progress of the best: training then hangs on a number that is
-        wrong. Lion makes the least of the healthy ones, 47%; the broken ones make none.
+        wrong. Lion makes the least of the healthy ones, 47%.
         WARN if the step size may vary by less than a decade. For the loss scale three
         decades are asked, but never more than the basin of step sizes: a rule that is
         linear in the gradient, such as SGD, cannot tell the two apart.
