@@ -88,9 +88,16 @@ def slopes(
     0.1 of it. The slope is nan where an array has not changed yet at some width, as
     layers below a zero one have not after the first step.
 
+    Raises:
+        ValueError: if there are no two different widths.
+
     >>> slopes({"flat": np.ones((3, 1)), "root": np.array([[1], [2], [4]])}, (1, 4, 16))
     {'flat': array([0.]), 'root': array([0.5])}
     """
+    if len(set(widths)) < 2:
+        raise ValueError(
+            f"widths must hold at least two different sizes, got widths={widths}."
+        )
     x = np.log(np.asarray(widths, float))
     x = x - x.mean()
     logs = {name: np.log(np.where(y > 0, y, np.nan)) for name, y in changes.items()}

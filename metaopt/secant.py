@@ -15,7 +15,8 @@ class SecantPenalty:
 
     The optimizer has a method `secant_penalty(state)`, as `LSR1` and `Optimus` have. A
     step contributes its own meta-loss plus `strength` times the penalty after its
-    update, so with `meta_loss="final"` the penalty is still the mean over the run.
+    update, so with `meta_loss="final"` the penalty is still the mean over the run. The
+    estimator must average its window, not take its last loss.
 
     Attributes:
         learner: what is meta-trained.

@@ -209,6 +209,7 @@ def test_the_rule_alone_has_a_fixed_rate_and_no_decay():
     np.testing.assert_allclose(moved, 3 * 0.1, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_pes_trains_it():
     rule = Celo2(learning_rate=0.01)
     learner = TrainTask(TwoMoons(), rule, horizon=4)

@@ -133,6 +133,7 @@ def test_features_move_alike_at_any_width(rule):
     assert check(rule, "standard", (64, 1024))["layer_1"] > 0.3
 
 
+@pytest.mark.slow
 def test_features_move_alike_under_a_learned_rule():
     rule = MuP(SmallFC(widths=(2,), decays=(0.9,), step_size=1e-2))
     for slope in check(rule, "mup", (64, 1024)).values():

@@ -40,7 +40,6 @@ OPTIMIZERS = {
         fixed=(("nesterov", True),),
     ),
     "MLP": MLP(),
-    "MLP narrow": MLP(widths=(4,), decays=(0.9,)),
     "MuP": MuP(Hyper(), hidden="/w"),
     "SmallFC": SmallFC(),
     "SmallFC wide": SmallFC(widths=(16,), decays=(0.5, 0.99)),

@@ -444,7 +444,9 @@ def meta_trained(estimator, tx, theta, num_steps):
 
 
 @pytest.mark.parametrize("kind", [TruncatedBackprop, PES])
-@pytest.mark.parametrize("name", ["gru", "rnn_mlp", "nn_adam"])
+@pytest.mark.parametrize(
+    "name", ["gru", "nn_adam", pytest.param("rnn_mlp", marks=pytest.mark.slow)]
+)
 def test_window_estimators_train_it(name, kind):
     # The LSTM of NNAdam acts on the loss two steps later.
     learner = TrainTask(Quadratic(dim=2), SMALL[name], horizon=6)

@@ -98,14 +98,14 @@ def test_the_split_of_functions_is_a_split():
 def test_training_is_kept_and_another_one_refused(tmp_path):
     learner = TrainTask(Quadratic(dim=2), Hyper("sgd"), horizon=4)
     config = MetaTrain(PES(learner, num_tasks=4, window=2), num_steps=3)
-    _, theta = trained(config, tmp_path, paper="p", label="sgd")
+    _, theta = trained(config, tmp_path, command="c", label="sgd")
     stamp = (tmp_path / "theta.safetensors").stat().st_mtime_ns
-    _, again = trained(config, tmp_path, paper="p", label="sgd")
+    _, again = trained(config, tmp_path, command="c", label="sgd")
     assert theta == again
     assert (tmp_path / "theta.safetensors").stat().st_mtime_ns == stamp
     other = MetaTrain(PES(learner, num_tasks=4, window=2), num_steps=4)
     with pytest.raises(CommandError, match="num_steps: 3 there, 4 here"):
-        trained(other, tmp_path, paper="p", label="sgd")
+        trained(other, tmp_path, command="c", label="sgd")
 
 
 def test_stable_runs_are_told_from_others():

@@ -7,6 +7,7 @@ import pytest
 from experiments.reproduce import grr
 
 
+@pytest.mark.slow
 def test_one_start_of_the_small_dilemma_leads_to_both_outcomes():
     setting = grr.PLANE[2]
     with jax.enable_x64(True):

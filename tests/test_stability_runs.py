@@ -151,6 +151,7 @@ def test_equivariance_errors_of_known_rules():
         np.testing.assert_allclose(error, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_scale_verdicts():
     probe = scale.ScaleProbe(
         tasks=(("bowl", Bowl()),),
@@ -235,6 +236,7 @@ def test_updates_without_excuse_are_counted():
         assert int(state.bad) == count
 
 
+@pytest.mark.slow
 def test_fault_verdicts():
     probe = fault_probe.FaultProbe(task=TINY, length=60, num_seeds=2)
     measured = probe.measure(sgd(1.0), KEY)
@@ -361,6 +363,7 @@ def test_network_features_drive_the_network(rule):
     np.testing.assert_allclose(wanted[2:].reshape(3, 4), updates["w"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_coverage_probe():
     probe = coverage.CoverageProbe(
         home=TINY,

@@ -171,6 +171,7 @@ def test_weights_survive_a_file(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, theta)
 
 
+@pytest.mark.slow
 def test_pes_trains_it():
     learner = TrainTask(Quadratic(dim=2), ALL, horizon=6)
     estimator, theta = PES(learner, num_tasks=3, window=3), noisy_theta(ALL, 7)

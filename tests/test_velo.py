@@ -302,6 +302,7 @@ def test_trees_without_elements():
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
+@pytest.mark.slow
 def test_pes_trains_it_on_random_horizons():
     learner = TrainTask(Quadratic(dim=2), SMALL, horizon=LogUniform(3, 9))
     estimator, theta = PES(learner, num_tasks=3, window=3), noisy(SMALL)

@@ -104,8 +104,8 @@ def classical(
     """Runs a method of `scipy.optimize.minimize` on the same problems as `learned`.
 
     Every evaluation counts, those of the line search too. A method that stops early
-    starts again from a random point of the unit ball around its best one, as long as
-    the budget lasts.
+    starts again at a distance of 0.5 from its best point, in a random direction, as
+    long as the budget lasts.
 
     Args:
         method: "BFGS" or "L-BFGS-B".
@@ -162,7 +162,8 @@ def _scipy(method: str, task: Objective, problem: Any, budget: int, seed: int):
                 minimize(evaluate, x, jac=True, method=method)
         except _Spent:
             break
-        best = points[int(np.argmin(gaps))]
+        finite = np.where(np.isfinite(gaps), gaps, np.inf)
+        best = points[int(np.argmin(finite))]
         jump = generator.normal(size=x.shape)
         x = best + 0.5 * jump / np.linalg.norm(jump)
     return np.asarray(gaps)

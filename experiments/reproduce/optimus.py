@@ -18,7 +18,7 @@ from experiments.config import MetaTrain, Outer
 from experiments.reproduce import minimise
 from experiments.reproduce.minimise import Reached
 from experiments.reproduce.optimus_plots import draw
-from experiments.reproduce.trained import trained
+from experiments.reproduce.trained import command, trained
 from metaopt.estimators import PES
 from metaopt.learner import TrainTask
 from metaopt.optimizers import LSR1, Fixed, Optimus, SmallFC
@@ -61,7 +61,7 @@ class Size:
     Attributes:
         outer_steps: outer steps of every meta-training.
         num_tasks: trajectories of the estimator.
-        seeds: problems per function and dimension in the test, and half in tuning.
+        seeds: problems per function and dimension, in tuning and in the test each.
     """
 
     outer_steps: int
@@ -119,7 +119,8 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
     for name, optimizer in rules().items():
         slug = name.lower().replace(",", "").replace(" = ", "-").replace(" ", "-")
         config = meta_training(optimizer, chosen)
-        _, thetas[name] = trained(config, out / slug, paper="optimus", label=name)
+        typed = command("optimus", full)
+        _, thetas[name] = trained(config, out / slug, command=typed, label=name)
     reached = {}
     for dim in DIMENSIONS:
         print(f"Running every optimizer in {dim} dimensions.", flush=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.reproduce.optimus import Size, meta_training, rules
-from experiments.reproduce.trained import trained
+from experiments.reproduce.trained import command, trained
 from experiments.run import read_metrics
 from metaopt.optimizers import Optimus
 
@@ -24,6 +24,10 @@ def variants() -> dict[str, Optimus]:
         "as reproduced": {},
         "width 32": {"width": 32},
         "one attention head": {"heads": 1},
+        "one average in the features": {
+            "small_fc": dataclasses.replace(base.small_fc, decays=(0.9,))
+        },
+        "a third of the rank scale": {"rank_scale": 1 / 3},
         "no curvature inputs": {"curvature": "none"},
         "preconditioned gradient as input": {"curvature": "preconditioned"},
         "B never forgets": {"forget": 0.0},
@@ -41,13 +45,14 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
     for name, optimizer in variants().items():
         folder = out / name.lower().replace(" ", "-")
         config = meta_training(optimizer, size)
-        trained(config, folder, paper="optimus-ablation", label=name)
+        typed = command("optimus-ablation", full)
+        trained(config, folder, command=typed, label=name)
         losses = np.array([line["meta_loss"] for line in read_metrics(folder)], float)
         last = losses[-len(losses) // 3 :]
         rows.append(
             {
                 "variant": name,
-                "meta-loss, last third": float(np.nanmean(last)),
+                "meta-loss, last third": float(np.mean(last)),
                 "best 100 steps": float(_best_mean(losses, min(100, len(losses)))),
             }
         )
@@ -66,5 +71,5 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
 
 
 def _best_mean(losses: np.ndarray, width: int) -> float:
-    sums = np.cumsum(np.concatenate([[0.0], np.nan_to_num(losses)]))
+    sums = np.cumsum(np.concatenate([[0.0], losses]))
     return np.min(sums[width:] - sums[:-width]) / width

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.config import MetaTrain, Outer
-from experiments.reproduce.trained import trained
+from experiments.reproduce.trained import command, trained
 from metaopt import evaluate
 from metaopt._files import write_atomically
 from metaopt.estimators import PES
@@ -126,7 +126,7 @@ def settings(full: bool) -> list[Setting]:
 
 def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
     """Meta-trains, measures, plots; see `experiments.reproduce.command`."""
-    seeds = 5
+    seeds, typed = 5, command("star", full)
     thetas = {}
     for name, (optimizer, decay) in rules(full).items():
         runs = []
@@ -135,7 +135,7 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
             slug = name.lower().replace(",", "").replace(" ", "-")
             label = f"{name}, seed {seed + 1} of {seeds}"
             folder = out / f"{slug}-{seed}"
-            runs.append(trained(config, folder, paper="star", label=label)[1])
+            runs.append(trained(config, folder, command=typed, label=label)[1])
         thetas[name] = jax.tree.map(lambda *x: jnp.stack(x), *runs)
     rows, curves = [], {}
     for setting in settings(full):

@@ -19,7 +19,7 @@ from metaopt.weights.store import read
 
 
 def trained(
-    config: MetaTrain, folder: pathlib.Path, *, paper: str, label: str
+    config: MetaTrain, folder: pathlib.Path, *, command: str, label: str
 ) -> tuple[LearnedOptimizer, chex.ArrayTree]:
     """Returns a meta-trained optimizer and its theta.
 
@@ -29,7 +29,7 @@ def trained(
     Args:
         config: what to train.
         folder: where its checkpoints, metrics and theta are kept.
-        paper: the reproduction that it belongs to, kept as provenance.
+        command: what was typed, kept as provenance.
         label: what the progress lines call it.
 
     Raises:
@@ -68,10 +68,15 @@ def trained(
     info = {
         "steps": int(outcome.state.step),
         "seconds": round(outcome.seconds, 1),
-        "command": f"python -m experiments reproduce {paper}",
+        "command": command,
         "label": label,
         "config": record["config"],
         **provenance(),
     }
     save_weights(weights, theta, optimizer, info=info)
     return optimizer, theta
+
+
+def command(paper: str, full: bool) -> str:
+    """Returns what is typed for a reproduction."""
+    return f"python -m experiments reproduce {paper}" + " --full" * full

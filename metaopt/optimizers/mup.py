@@ -62,6 +62,10 @@ class MuP(LearnedOptimizer):
             raise ValueError(
                 f"output_axis must be -1 or 0, got output_axis={self.output_axis!r}."
             )
+        if not isinstance(self.hidden, str | None):
+            raise TypeError(
+                f"hidden must be a regular expression or None, got {self.hidden!r}."
+            )
         try:
             re.compile(self.hidden or "")
         except re.error as error:

@@ -66,10 +66,11 @@ class Optimus(LearnedOptimizer):
 
         B <- (1 - forget) B + forget I + rank_scale / n * sum_l u_l u_l^T,
 
-    by default scaled to trace `n`: `B` is symmetric positive definite. The update is
-    `exp(gate) * B @ d`, with `d` the update of `small_fc` and a gate that starts at 0.
-    With heads of zero it therefore equals `small_fc`. That point is a saddle, the
-    gradient in the heads is exactly 0 there, so by default heads start small instead.
+    by default scaled to trace `n`: with `forget > 0`, `B` is symmetric positive
+    definite. The update is `exp(gate) * B @ d`, with `d` the update of `small_fc` and a
+    gate that starts at 0. With heads of zero it therefore equals `small_fc`, where all
+    coordinates are in use. That point is a saddle, the gradient in the heads is exactly
+    0 there, so by default heads start small instead.
 
     A coordinate is in use once it had a gradient other than 0. All others get no
     update, no attention and no share in means, so one compiled program serves problems
@@ -77,7 +78,8 @@ class Optimus(LearnedOptimizer):
 
     Attributes:
         small_fc: the rule that is preconditioned, and its fields.
-        encoders: number of encoders; without any, `B` is the identity.
+        encoders: number of encoders, 3 in the paper; without any, `B` is the identity.
+            In a short meta-training one encoder learned fastest.
         width: numbers per token.
         heads: attention heads, a divisor of `width`.
         feedforward: hidden units of an encoder's feed-forward network.
