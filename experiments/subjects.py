@@ -9,6 +9,7 @@ import optax
 
 import metaopt
 from experiments.console import UsageError, check_choice
+from metaopt import validate
 from metaopt.stability import field
 from metaopt.stability.subject import Subject, subject
 from metaopt.weights import load_with_info
@@ -28,6 +29,7 @@ def find(name: str, *, rate: float | None, horizon: int | None) -> Subject:
     """
     try:
         if rate is not None:
+            validate.number("learning_rate", rate, low=0.0, open_low=True)
             return subject(_of_optax(name, rate), name=f"{name} {rate:g}")
         if pathlib.Path(name).is_file() or name in metaopt.available():
             optimizer, theta, info = load_with_info(name)

@@ -2,50 +2,14 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import haiku as hk
-import jax
 import jax.numpy as jnp
 
 from metaopt import validate
+from metaopt.stability.problems import draw_moons, minibatch
 from metaopt.task import Task
 from tasks.classification import cross_entropy
-
-
-def draw_moons(
-    key: jax.Array, *, count: int, noise: float
-) -> tuple[jax.Array, jax.Array]:
-    """Draws points of two half circles of radius 1, half of them each.
-
-    Class 0 is the upper half circle around (0, 0), class 1 the lower one around
-    (1, 0.5); Gaussian noise is added to both coordinates.
-
-    Returns:
-        Points `[count, 2]`, and classes `[count]` int32.
-
-    >>> x, y = draw_moons(jax.random.key(0), count=6, noise=0.1)
-    >>> x.shape, y.tolist()
-    ((6, 2), [0, 1, 0, 1, 0, 1])
-    """
-    angle_key, noise_key = jax.random.split(key)
-    angle = jax.random.uniform(angle_key, (count,), maxval=jnp.pi)
-    y = jnp.arange(count, dtype=jnp.int32) % 2
-    upper = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    x = jnp.where(y[:, None] == 0, upper, jnp.array([1.0, 0.5]) - upper)
-    return x + noise * jax.random.normal(noise_key, x.shape), y
-
-
-class Moons(NamedTuple):
-    """One training set.
-
-    Attributes:
-        x: points, `[N, 2]`.
-        y: classes, `[N]` int32.
-    """
-
-    x: jax.Array
-    y: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +52,12 @@ class TwoMoons(Task):
         )
 
     def sample(self, key):
-        return Moons(*draw_moons(key, count=self.samples, noise=self.noise))
+        return draw_moons(key, count=self.samples, noise=self.noise)
 
     def batch(self, instance, data, key, *, split="train"):
         if split != "train":
             return draw_moons(key, count=self.batch_size, noise=self.noise)
-        index = jax.random.randint(key, (self.batch_size,), 0, self.samples)
-        return instance.x[index], instance.y[index]
+        return minibatch(instance, self.batch_size, key)
 
     def init(self, instance, key):
         return self._net.init(key, jnp.zeros((1, 2)))

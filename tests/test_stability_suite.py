@@ -367,6 +367,7 @@ def test_the_exit_status_is_the_verdict(level, one_probe, tmp_path, capsys):
         (["sgd", "--probes", "S77"], "probes must be"),
         (["noisy_sgd"], "needs --learning-rate"),
         (["nothing_of_this", "--learning-rate", "1"], "no optimizer of that name"),
+        (["adam", "--learning-rate", "nan"], "learning_rate must lie in"),
         (["no.such.module:tx"], "cannot be imported"),
         ([], "required: optimizer"),
     ],

@@ -209,14 +209,19 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
             "largest relative error of the expected loss": float(error),
         },
         "tables": {
-            "certificate": agreement,
-            "eigenvalues outside": outside,
-            "region": {
-                "cells": int(stable.size),
-                "stable": int(stable.sum()),
-                "certified": int(region["certified"].sum()),
-                "certified, not stable": int((region["certified"] & ~stable).sum()),
-            },
+            "certificate": [agreement],
+            "eigenvalues outside": [
+                {"intervention": name, "share": share}
+                for name, share in outside.items()
+            ],
+            "region": [
+                {
+                    "cells": int(stable.size),
+                    "stable": int(stable.sum()),
+                    "certified": int(region["certified"].sum()),
+                    "certified, not stable": int((region["certified"] & ~stable).sum()),
+                }
+            ],
             "expected loss": [
                 {
                     "nominal": float(a),
