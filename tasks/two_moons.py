@@ -26,6 +26,7 @@ class TwoMoons(Task):
         samples: points of a training set.
         noise: standard deviation of the noise on both coordinates.
 
+    >>> import jax
     >>> task = TwoMoons()
     >>> instance = task.sample(jax.random.key(0))
     >>> params = task.init(instance, jax.random.key(1))
