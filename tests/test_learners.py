@@ -6,18 +6,26 @@ import numpy as np
 import pytest
 
 import tasks
+from metaopt.fewshot import InContext, Paired, Shifted, Transformer
 from metaopt.learner import LogUniform, StepOut, TrainTask, draw_length, unroll
 from metaopt.optimizers import MLP, Fixed, Hyper, SmallFC
 from metaopt.testing import ConformanceError, Quadratic, check_learner
+from tasks.function_families import family
 from tests import toys
 
 SGD = Hyper("sgd", log=(("learning_rate", 0.1),))
+
+LINES = family("linear", dim=2, num_examples=3)
+TINY = Transformer(layers=1, heads=2, width=8)
 
 LEARNERS = [
     TrainTask(Quadratic(3), SGD, horizon=6),
     TrainTask(Quadratic(3), SGD, horizon=6, meta_loss="final"),
     TrainTask(Quadratic(3), SmallFC(), horizon=LogUniform(4, 8)),
     TrainTask(tasks.get("image-mlp"), MLP(), horizon=3, meta_split="valid"),
+    InContext(LINES, TINY, batch_size=2),
+    InContext(LINES, TINY, Paired(), batch_size=2),
+    InContext(family("image-episodes", way=2), TINY, Shifted(), batch_size=2),
     toys.InfluenceBalancing(horizon=5),
     toys.LearningRateSchedule(horizon=5),
     toys.LinearSystem(),

@@ -63,7 +63,8 @@ class FullUnroll(base.OverTasks):
                 state = select(running, state, start)
             return self.learner.step(theta, state, data, key)
 
-        if not self.remat:
+        # A single step would be computed twice for nothing.
+        if not self.remat or len(steps[0]) == 1:
             return jax.lax.scan(step, start, steps)[1]
         length = len(steps[0])
         segment = math.isqrt(length)

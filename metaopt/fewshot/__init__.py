@@ -25,15 +25,20 @@ from metaopt.fewshot.episodes import (
     split_episode,
 )
 from metaopt.fewshot.implicit_maml import ImplicitMAML
+from metaopt.fewshot.in_context import InContext, Points
+from metaopt.fewshot.layouts import Interleaved, Layout, Paired, Shifted
 from metaopt.fewshot.maml import ANIL, MAML, FirstOrderMAML, MetaSGD, MetaSGDTheta
 from metaopt.fewshot.model import Model, Network
 from metaopt.fewshot.predictors import Predictor
 from metaopt.fewshot.reptile import Reptile
 from metaopt.fewshot.scratch import TrainFromScratch
+from metaopt.fewshot.sequence_model import SequenceModel
+from metaopt.fewshot.transformer import Activations, Transformer
 
 __all__ = [
     "ANIL",
     "MAML",
+    "Activations",
     "Adaptation",
     "Averaging",
     "Comparison",
@@ -46,7 +51,10 @@ __all__ = [
     "GradientDescent",
     "GreedyTree",
     "ImplicitMAML",
+    "InContext",
+    "Interleaved",
     "Lasso",
+    "Layout",
     "LeastSquares",
     "LogisticRegression",
     "MetaSGD",
@@ -54,10 +62,15 @@ __all__ = [
     "Model",
     "NearestNeighbours",
     "Network",
+    "Paired",
+    "Points",
     "Predictor",
     "Reptile",
     "Ridge",
+    "SequenceModel",
+    "Shifted",
     "TrainFromScratch",
+    "Transformer",
     "as_task",
     "bayes_ridge",
     "compare",

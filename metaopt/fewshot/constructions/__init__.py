@@ -1,0 +1,38 @@
+"""Transformers whose weights are written down instead of trained."""
+
+from metaopt.fewshot.constructions.compiler import DOUBLE, Constants, compile_program
+from metaopt.fewshot.constructions.decoder import Decoder, decode
+from metaopt.fewshot.constructions.program import (
+    Affine,
+    Divide,
+    Move,
+    Multiply,
+    Operation,
+    Program,
+    Rows,
+    Term,
+)
+from metaopt.fewshot.constructions.regression import (
+    interleave,
+    ridge_program,
+    sgd_program,
+)
+
+__all__ = [
+    "DOUBLE",
+    "Affine",
+    "Constants",
+    "Decoder",
+    "Divide",
+    "Move",
+    "Multiply",
+    "Operation",
+    "Program",
+    "Rows",
+    "Term",
+    "compile_program",
+    "decode",
+    "interleave",
+    "ridge_program",
+    "sgd_program",
+]

@@ -1,0 +1,156 @@
+"""InContext: a sequence model that learns from examples in its context alone."""
+
+import dataclasses
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt import validate
+from metaopt.fewshot.episodes import FunctionFamily, draw_episode
+from metaopt.fewshot.layouts import Interleaved, Layout
+from metaopt.fewshot.predictors import Predictor
+from metaopt.fewshot.sequence_model import SequenceModel
+from metaopt.learner import StepOut
+
+
+class Points(NamedTuple):
+    """Batches of points, each batch of one function.
+
+    Attributes:
+        x: inputs, `[batch, n, d]`.
+        y: targets, `[batch, n, outputs]`.
+    """
+
+    x: jax.Array
+    y: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class InContext:
+    """The learner of a sequence model: an episode of one step is a batch of prompts.
+
+    A prompt holds the examples of one function and a question. The meta-loss is the
+    mean over the prompts and over all points that the layout predicts, so that every
+    number of examples from none to all is learned: squared error divided by the
+    family's scale, or cross-entropy.
+
+    Attributes:
+        family: where the functions come from; prompts have `num_examples + 1` points.
+        model: reads the tokens.
+        layout: writes points as tokens.
+        batch_size: prompts of a step.
+
+    References:
+        Garg et al., 2022, https://arxiv.org/abs/2208.01066; Akyurek et al., 2023,
+        https://arxiv.org/abs/2211.15661; Kirsch et al., 2022,
+        https://arxiv.org/abs/2212.04458
+    """
+
+    family: FunctionFamily
+    model: SequenceModel
+    layout: Layout = dataclasses.field(default_factory=Interleaved)
+    batch_size: int = 64
+
+    def __post_init__(self):
+        validate.instance("family", self.family, FunctionFamily, "Linear()")
+        validate.instance("model", self.model, SequenceModel, "Transformer()")
+        validate.instance("layout", self.layout, Layout, "Interleaved()")
+        validate.integer("batch_size", self.batch_size)
+
+    @property
+    def horizon(self) -> int:
+        """Inner steps of an episode: one."""
+        return 1
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a prediction consists of."""
+        return self.family.classes or 1
+
+    @property
+    def num_points(self) -> int:
+        """Points of a prompt: the examples and one question."""
+        return self.family.num_examples + 1
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that the model remembers of a whole prompt."""
+        return self.model.state_size(self.layout.length(self.num_points))
+
+    def load(self):
+        """Returns the family's data."""
+        return self.family.load()
+
+    def init_theta(self, key: jax.Array) -> chex.ArrayTree:
+        """Draws initial parameters of the model."""
+        length = self.layout.length(self.num_points)
+        width = self.layout.width(self.family.num_features, self.outputs)
+        return self.model.init(key, jnp.zeros((length, width)), self.outputs)
+
+    def reset(self, theta, data, key, *, length):
+        """Draws the prompts; see `Learner`."""
+        del theta, length
+        family = dataclasses.replace(self.family, num_queries=1)
+
+        def prompt(key):
+            episode = draw_episode(family, data, key)
+            x = jnp.concatenate([episode.x, episode.x_query])
+            y = jnp.concatenate([episode.y, episode.y_query])
+            return Points(x, y.reshape(len(y), -1))
+
+        return jax.vmap(prompt)(jax.random.split(key, self.batch_size))
+
+    def step(self, theta, state, data, key):
+        """Predicts; see `Learner`."""
+        del data, key
+        loss = jnp.mean(self.losses(theta, state))
+        return state, StepOut(loss, jnp.float32(1.0))
+
+    def losses(self, theta: chex.ArrayTree, points: Points) -> jax.Array:
+        """Returns the loss of every prediction, `[batch, k]`, `k` as in `Layout.read`.
+
+        Column `k - i` is that of point `n - i`, for `n` points.
+        """
+        predictions = jax.vmap(lambda p: self.predict(theta, p.x, p.y))(points)
+        y = points.y[:, -predictions.shape[1] :]
+        if self.family.classes:
+            return optax.losses.softmax_cross_entropy(predictions, y)
+        return jnp.sum(jnp.square(predictions - y), axis=-1) / self.family.scale
+
+    def predict(self, theta: chex.ArrayTree, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Predicts points of one prompt, each from those before it.
+
+        Args:
+            theta: parameters of the model.
+            x: inputs, `[n, d]`.
+            y: targets, `[n, outputs]`; the last has no effect.
+
+        Returns:
+            `[k, outputs]`: of the last `k` points, see `Layout.read`.
+        """
+        tokens = self.layout.tokens(x, y)
+        outputs = self.model.apply(theta, tokens, causal=self.layout.causal)
+        return self.layout.read(outputs)
+
+    def predictor(self, theta: chex.ArrayTree) -> Predictor:
+        """Returns the predictor: each question ends a prompt of its own.
+
+        There may be fewer examples than in training, not more if the model has learned
+        positions.
+        """
+        return jax.tree_util.Partial(self._predict_queries, theta)
+
+    def _predict_queries(self, theta, x, y, x_query, key):
+        del key
+        targets = y.reshape(len(y), -1)
+        asked = jnp.concatenate([targets, jnp.zeros((1, self.outputs))])
+
+        def one(query):
+            points = jnp.concatenate([x, query[None]])
+            return self.predict(theta, points, asked)[-1]
+
+        prediction = jax.vmap(one)(x_query)
+        return prediction if y.ndim > 1 else prediction[:, 0]

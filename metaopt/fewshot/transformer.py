@@ -1,0 +1,186 @@
+"""Transformer: the black-box learner of the in-context learning literature."""
+
+import dataclasses
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from metaopt import validate
+from metaopt.fewshot.sequence_model import SequenceModel
+
+
+class Activations(NamedTuple):
+    """What a transformer computed on the way.
+
+    Attributes:
+        residual: the stream before the first block and after each of them,
+            `[layers + 1, length, width]`.
+        attention: how much each token looks at each, `[layers, heads, length, length]`,
+            rows summing to 1.
+    """
+
+    residual: jax.Array
+    attention: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer(SequenceModel):
+    """A pre-LayerNorm transformer with GELU and learned positions.
+
+    Sizes of Garg et al., 2022, https://arxiv.org/abs/2208.01066: tiny `(3, 2, 64)`,
+    small `(6, 4, 128)`, standard `(12, 8, 256)` layers, heads and width. Initial
+    weights are normal; those into the residual stream are divided by
+    `sqrt(2 * layers)`.
+
+    Parameters of the blocks are stacked, `[layers, ...]`, so that depth costs no
+    compilation.
+
+    Attributes:
+        layers: number of blocks.
+        heads: attention heads of a block.
+        width: length of the residual stream, a multiple of `heads`.
+        widening: hidden units of a block's MLP, as a multiple of `width`; 0 for a
+            transformer of attention only.
+        init_std: standard deviation of the initial weights and positions.
+        smeared_keys: whether a head may mix each key with the one before, in a learned
+            proportion that starts at one half (Olsson et al., 2022,
+            https://arxiv.org/abs/2209.11895).
+        dtype: "float32" or "bfloat16", that of the activations; softmax, LayerNorm and
+            parameters stay in float32.
+
+    >>> model = Transformer(layers=1, heads=2, width=8)
+    >>> tokens = jnp.zeros((5, 3))
+    >>> params = model.init(jax.random.key(0), tokens, 1)
+    >>> model.apply(params, tokens[:4]).shape
+    (4, 1)
+    """
+
+    layers: int = 3
+    heads: int = 2
+    width: int = 64
+    widening: int = 4
+    init_std: float = 0.02
+    smeared_keys: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        validate.integer("layers", self.layers)
+        validate.integer("heads", self.heads)
+        validate.integer("width", self.width)
+        validate.integer("widening", self.widening, minimum=0)
+        validate.number("init_std", self.init_std, low=0.0)
+        validate.one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        if self.width % self.heads:
+            raise ValueError(
+                "width must be a multiple of heads, got "
+                f"width={self.width} and heads={self.heads}."
+            )
+
+    def state_size(self, length):
+        return 2 * self.layers * self.width * length
+
+    def init(self, key, tokens, outputs):
+        length, features = tokens.shape
+        keys = iter(jax.random.split(key, 7))
+        depth, width, hidden = self.layers, self.width, self.widening * self.width
+        into_stream = (2 * depth) ** -0.5
+
+        def normal(*shape, factor=1.0):
+            return factor * self.init_std * jax.random.normal(next(keys), shape)
+
+        blocks = {
+            "attention_norm": _norm_params(depth, width),
+            "qkv": _linear(normal(depth, width, 3 * width)),
+            "attention_out": _linear(normal(depth, width, width, factor=into_stream)),
+        }
+        if self.smeared_keys:
+            blocks["smear"] = jnp.zeros((depth, self.heads))
+        if self.widening:
+            blocks["mlp_norm"] = _norm_params(depth, width)
+            blocks["mlp_in"] = _linear(normal(depth, width, hidden))
+            blocks["mlp_out"] = _linear(
+                normal(depth, hidden, width, factor=into_stream)
+            )
+        return {
+            "embed": _linear(normal(features, width)),
+            "positions": normal(length, width),
+            "blocks": blocks,
+            "final_norm": _norm_params(width),
+            "unembed": _linear(normal(width, outputs)),
+        }
+
+    def apply(self, params, tokens, *, causal=True):
+        block = lambda x, p: (self._block(p, x, causal)[0], None)
+        x, _ = jax.lax.scan(block, self._embed(params, tokens), params["blocks"])
+        return self._unembed(params, x)
+
+    def record(
+        self, params: chex.ArrayTree, tokens: jax.Array, *, causal: bool = True
+    ) -> tuple[jax.Array, Activations]:
+        """Computes the outputs, and what came before them; see `apply`."""
+
+        def block(x, p):
+            after, attention = self._block(p, x, causal)
+            return after, (after, attention)
+
+        first = self._embed(params, tokens)
+        last, (after, attention) = jax.lax.scan(block, first, params["blocks"])
+        residual = jnp.concatenate([first[None], after])
+        return self._unembed(params, last), Activations(residual, attention)
+
+    def _embed(self, params, tokens):
+        longest, length = params["positions"].shape[0], tokens.shape[0]
+        if length > longest:
+            raise ValueError(
+                f"tokens must be at most the {longest} that the model was initialised "
+                f"for, got {length}."
+            )
+        x = _affine(params["embed"], tokens) + params["positions"][:length]
+        return x.astype(self.dtype)
+
+    def _unembed(self, params, x):
+        x = _normalise(params["final_norm"], x)
+        return _affine(params["unembed"], x.astype(jnp.float32))
+
+    def _block(self, p, x, causal):
+        update, attention = self._attend(p, x, causal)
+        x = x + update
+        if self.widening:
+            hidden = _affine(p["mlp_in"], _normalise(p["mlp_norm"], x))
+            x = x + _affine(p["mlp_out"], jax.nn.gelu(hidden))
+        return x, attention
+
+    def _attend(self, p, x, causal):
+        length, size = x.shape[0], self.width // self.heads
+        qkv = _affine(p["qkv"], _normalise(p["attention_norm"], x))
+        q, k, v = jnp.moveaxis(qkv.reshape(length, 3, self.heads, size), 1, 0)
+        if self.smeared_keys:
+            share = jax.nn.sigmoid(p["smear"]).astype(k.dtype)[:, None]
+            before = jnp.concatenate([k[:1], k[:-1]])
+            k = share * k + (1 - share) * before
+        scores = jnp.einsum("qhd,khd->hqk", q, k).astype(jnp.float32) / size**0.5
+        if causal:
+            scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+        attention = jax.nn.softmax(scores)
+        mixed = jnp.einsum("hqk,khd->qhd", attention.astype(v.dtype), v)
+        return _affine(p["attention_out"], mixed.reshape(length, -1)), attention
+
+
+def _linear(w: jax.Array) -> dict[str, jax.Array]:
+    return {"w": w, "b": jnp.zeros((*w.shape[:-2], w.shape[-1]))}
+
+
+def _affine(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    return x @ p["w"].astype(x.dtype) + p["b"].astype(x.dtype)
+
+
+def _norm_params(*shape: int) -> dict[str, jax.Array]:
+    return {"scale": jnp.ones(shape), "offset": jnp.zeros(shape)}
+
+
+def _normalise(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """LayerNorm over the last axis, computed in float32."""
+    y = jax.nn.standardize(x.astype(jnp.float32), epsilon=1e-5)
+    return (y * p["scale"] + p["offset"]).astype(x.dtype)

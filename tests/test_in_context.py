@@ -1,0 +1,125 @@
+"""Sequence models as learners: layouts, causality, losses and predictors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metaopt.estimators import FullUnroll
+from metaopt.fewshot import InContext, Interleaved, Paired, Points, Shifted, Transformer
+from metaopt.sharding import task_mesh
+from metaopt.train import meta_train
+from tasks.function_families import family
+
+LAYOUTS = {"interleaved": Interleaved(), "shifted": Shifted(), "paired": Paired()}
+# Every sequence model: adding one is one line.
+MODELS = {
+    "transformer": Transformer(layers=2, heads=2, width=8),
+    "attention only": Transformer(layers=2, heads=2, width=8, widening=0),
+    "smeared keys": Transformer(layers=1, heads=2, width=8, smeared_keys=True),
+}
+
+
+def _points(key, n, d, outputs):
+    x_key, y_key = jax.random.split(key)
+    x = jax.random.normal(x_key, (n, d))
+    return x, jax.random.normal(y_key, (n, outputs))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@given(n=st.integers(1, 6), d=st.integers(1, 4), outputs=st.integers(1, 3))
+@settings(max_examples=6, deadline=None)
+def test_tokens_have_the_promised_shape_and_hide_the_last_target(layout, n, d, outputs):
+    x, y = _points(jax.random.key(0), n, d, outputs)
+    tokens = layout.tokens(x, y)
+    assert tokens.shape == (layout.length(n), layout.width(d, outputs))
+    np.testing.assert_array_equal(tokens, layout.tokens(x, y.at[-1].set(7.0)))
+    # All else is written down once: the sums agree.
+    total = jnp.sum(x) + jnp.sum(y[:-1])
+    np.testing.assert_allclose(jnp.sum(tokens), total, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_outputs_do_not_depend_on_later_tokens(model):
+    tokens = jax.random.normal(jax.random.key(0), (6, 3))
+    params = model.init(jax.random.key(1), tokens, 2)
+    jacobian = jax.jacobian(lambda t: model.apply(params, t))(tokens)
+    influence = jnp.sum(jnp.abs(jacobian), axis=(1, 3))
+    assert influence.shape == (6, 6)
+    assert bool(jnp.all(jnp.triu(influence, 1) == 0.0))
+    assert bool(jnp.all(jnp.tril(influence)[:, 0] > 0.0))
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_a_prefix_gives_the_same_outputs(model):
+    tokens = jax.random.normal(jax.random.key(0), (6, 3))
+    params = model.init(jax.random.key(1), tokens, 2)
+    whole = model.apply(params, tokens)
+    np.testing.assert_allclose(model.apply(params, tokens[:4]), whole[:4], atol=1e-5)
+
+
+def test_more_tokens_than_positions_are_refused():
+    model = MODELS["transformer"]
+    params = model.init(jax.random.key(0), jnp.zeros((4, 3)), 1)
+    with pytest.raises(ValueError, match="at most the 4"):
+        model.apply(params, jnp.zeros((5, 3)))
+
+
+def test_attention_that_is_recorded_is_a_distribution_over_the_past():
+    model = MODELS["transformer"]
+    tokens = jax.random.normal(jax.random.key(0), (5, 3))
+    params = model.init(jax.random.key(1), tokens, 1)
+    outputs, seen = model.record(params, tokens)
+    np.testing.assert_allclose(outputs, model.apply(params, tokens), atol=1e-6)
+    assert seen.residual.shape == (3, 5, 8)
+    np.testing.assert_allclose(jnp.sum(seen.attention, -1), 1.0, rtol=1e-5)
+    assert bool(jnp.all(jnp.triu(seen.attention, 1) == 0.0))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_predictor_agrees_with_the_predictions_of_training(layout):
+    lines = family("linear", dim=2, num_examples=4)
+    learner = InContext(lines, MODELS["transformer"], layout, batch_size=1)
+    theta = learner.init_theta(jax.random.key(0))
+    x, y = _points(jax.random.key(1), 5, 2, 1)
+    predict = learner.predictor(theta)
+    last = predict(x[:4], y[:4, 0], x[4:], None)
+    whole = learner.predict(theta, x, y)
+    np.testing.assert_allclose(last, whole[-1], atol=1e-6)
+    if layout.causal:
+        assert whole.shape == (5, 1)
+        early = predict(x[:2], y[:2, 0], x[2:3], None)
+        np.testing.assert_allclose(early, whole[2], atol=1e-6)
+
+
+def test_losses_are_the_squared_errors_over_the_scale():
+    lines = family("linear", dim=2, num_examples=4)
+    learner = InContext(lines, MODELS["transformer"], batch_size=3)
+    theta = learner.init_theta(jax.random.key(0))
+    points = learner.reset(theta, (), jax.random.key(1), length=1)
+    assert points.x.shape == (3, 5, 2)
+    blank = Points(points.x, jnp.zeros_like(points.y))
+    silent = jax.tree.map(jnp.zeros_like, theta)
+    np.testing.assert_allclose(learner.losses(silent, blank), 0.0, atol=1e-12)
+    expected = points.y[..., 0] ** 2 / 2
+    np.testing.assert_allclose(learner.losses(silent, points), expected, rtol=1e-5)
+
+
+def test_training_learns_to_remember():
+    # A question that repeats the only example is answered by looking it up.
+    lines = family("linear", dim=1, num_examples=2)
+    learner = InContext(lines, Transformer(2, 2, 16), batch_size=64)
+    seen = []
+    meta_train(
+        FullUnroll(learner, num_tasks=1),
+        optax.adam(3e-3),
+        jax.random.key(0),
+        num_steps=300,
+        mesh=task_mesh(jax.devices()[:1]),
+        on_step=lambda _, metrics: seen.append(float(metrics["meta_loss"])),
+    )
+    # The zero function gives 1, and nothing better can be said of the first point.
+    assert np.mean(seen[-20:]) < 0.75 < np.mean(seen[:20])
