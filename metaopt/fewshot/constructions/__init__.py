@@ -13,7 +13,9 @@ from metaopt.fewshot.constructions.program import (
     Term,
 )
 from metaopt.fewshot.constructions.regression import (
+    compiled,
     interleave,
+    interpreted,
     ridge_program,
     sgd_program,
 )
@@ -31,8 +33,10 @@ __all__ = [
     "Rows",
     "Term",
     "compile_program",
+    "compiled",
     "decode",
     "interleave",
+    "interpreted",
     "ridge_program",
     "sgd_program",
 ]

@@ -278,7 +278,8 @@ def compile_program(
 
     `decode(weights, tokens)` is then the hidden matrix, transposed, to the precision of
     the constants. All numbers in it must stay below `constants.gate - 10`, in the
-    columns too that the program never reads.
+    columns too that the program never reads. Accelerators must multiply float32 in full
+    precision, see `jax.default_matmul_precision`.
 
     Args:
         program: what to run.
@@ -299,7 +300,9 @@ def compile_program(
     constants = Constants() if constants is None else constants
     validate.integer("token_width", token_width)
     moves = [x.rows.size for x in program.operations if isinstance(x, Move)]
-    plan = _Plan(program.num_rows, program.num_columns, max(moves, default=0), constants)
+    plan = _Plan(
+        program.num_rows, program.num_columns, max(moves, default=0), constants
+    )
     layers = [
         layer
         for operation in program.operations

@@ -5,11 +5,15 @@ Akyurek et al., 2022, https://arxiv.org/abs/2211.15661, theorems 1 and 2. A toke
 the next, and from the last to the question.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from metaopt import validate
+from metaopt.fewshot.constructions.compiler import Constants, compile_program
+from metaopt.fewshot.constructions.decoder import decode
 from metaopt.fewshot.constructions.program import (
     Affine,
     Divide,
@@ -21,6 +25,7 @@ from metaopt.fewshot.constructions.program import (
     Rows,
     Term,
 )
+from metaopt.fewshot.predictors import Predictor
 
 
 def interleave(x: jax.Array, y: jax.Array, x_query: jax.Array) -> jax.Array:
@@ -89,9 +94,7 @@ def sgd_program(
             Multiply(error, w, x, (1, dim, 1)),
             Affine(error, (Term(error, _eye(1)), Term(y, _eye(1, -1.0)))),
             Multiply(change, x, error, (dim, 1, 1)),
-            Affine(
-                change, (Term(change, _eye(dim)), Term(w, _eye(dim, weight_decay)))
-            ),
+            Affine(change, (Term(change, _eye(dim)), Term(w, _eye(dim, weight_decay)))),
             Affine(
                 w, (Term(w, _eye(dim)), Term(change, _eye(dim, -2.0 * learning_rate)))
             ),
@@ -169,6 +172,54 @@ def ridge_program(dim: int, num_examples: int = 1, *, strength: float = 1.0) -> 
     return Program(
         tuple(chain), num_rows, 2 * num_examples + 1, (answer.start, 2 * num_examples)
     )
+
+
+def interpreted(build: Callable[[int, int], Program]) -> Predictor:
+    """Returns the predictor that runs a program exactly.
+
+    Args:
+        build: `(dim, num_examples) -> program`.
+
+    >>> predict = interpreted(ridge_program)
+    >>> x, y = jnp.eye(2), jnp.array([2.0, 4.0])
+    >>> predict(x, y, jnp.eye(2), None).tolist()
+    [1.0, 2.0]
+    """
+
+    def predict(x, y, x_query, key):
+        del key
+        program = build(x.shape[1], x.shape[0])
+        return jax.vmap(lambda q: program(interleave(x, y, q)))(x_query)
+
+    return predict
+
+
+def compiled(
+    build: Callable[[int, int], Program], constants: Constants | None = None
+) -> Predictor:
+    """Returns the predictor that runs a program as a transformer.
+
+    Args:
+        build: `(dim, num_examples) -> program`.
+        constants: see `compile_program`.
+
+    >>> predict = compiled(ridge_program)
+    >>> x, y = jnp.eye(2), jnp.array([2.0, 4.0])
+    >>> print(predict(x, y, jnp.eye(2), None).round(2).tolist())
+    [1.0, 2.0]
+    """
+
+    def predict(x, y, x_query, key):
+        del key
+        program = build(x.shape[1], x.shape[0])
+        row, column = program.answer
+        weights = compile_program(program, x.shape[1] + 1, constants)
+        run = lambda q: decode(weights, interleave(x, y, q))[column, row]
+        # What accelerators do by default to float32 would drown the products.
+        with jax.default_matmul_precision("highest"):
+            return jax.vmap(run)(x_query)
+
+    return predict
 
 
 def _question(w: Rows, x: Rows, answer: Rows, num_examples: int) -> list[Operation]:
