@@ -15,8 +15,9 @@ LAYERS = (
     ("learner",),
     ("optimizers", "estimators", "baselines", "augment", "secant"),
     ("train", "evaluate", "checkpoint", "coordinate_check"),
+    ("fewshot",),
     ("interpret",),
-    ("fewshot", "stability", "testing"),
+    ("stability", "testing"),
     ("registry",),
     ("weights",),
     ("",),  # metaopt/__init__.py

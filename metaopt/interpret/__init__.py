@@ -1,4 +1,4 @@
-"""What a learned optimizer computes, read from its dynamics."""
+"""What a learned optimizer or an in-context learner computes."""
 
 from metaopt.interpret.cell import Cell, as_optax, embedded_cell, separable_cell
 from metaopt.interpret.fixed_points import (
@@ -17,6 +17,13 @@ from metaopt.interpret.linearise import (
     optimum,
 )
 from metaopt.interpret.optimizer import Panel, examine, linear_loss
+from metaopt.interpret.phases import (
+    PHASES,
+    PhaseChange,
+    in_context_score,
+    learning_phase,
+    phase_change,
+)
 from metaopt.interpret.record import Record, record
 from metaopt.interpret.update_functions import (
     Adaptation,
@@ -27,6 +34,7 @@ from metaopt.interpret.update_functions import (
 )
 
 __all__ = [
+    "PHASES",
     "Adaptation",
     "Cell",
     "Components",
@@ -35,6 +43,7 @@ __all__ = [
     "Modes",
     "Optimum",
     "Panel",
+    "PhaseChange",
     "Record",
     "adaptation",
     "as_optax",
@@ -43,11 +52,14 @@ __all__ = [
     "examine",
     "fixed_points",
     "gradient_histogram",
+    "in_context_score",
+    "learning_phase",
     "linear_cell",
     "linear_loss",
     "linearise",
     "modes",
     "optimum",
+    "phase_change",
     "principal_components",
     "record",
     "separable_cell",
