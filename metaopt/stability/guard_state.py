@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -64,6 +65,33 @@ class GuardState(NamedTuple):
     first_reason: jax.Array
     last_step: jax.Array
     first_step: jax.Array
+
+
+def start(inner: chex.ArrayTree, backup: chex.ArrayTree) -> GuardState:
+    """Returns the state before the first step, from those of the two optimizers."""
+    unknown, zero, never = jnp.float32(jnp.nan), jnp.int32(0), jnp.int32(-1)
+    return GuardState(
+        step=zero,
+        inner=inner,
+        backup=backup,
+        active=jnp.array(True),
+        grad_size=unknown,
+        update_size=unknown,
+        updates_seen=zero,
+        loss=unknown,
+        best=unknown,
+        first_loss=unknown,
+        high=zero,
+        beyond=zero,
+        rejected=zero,
+        skipped=zero,
+        resting=zero,
+        trips=zero,
+        reason=zero,
+        first_reason=zero,
+        last_step=never,
+        first_step=never,
+    )
 
 
 _WORDS = {

@@ -1,17 +1,32 @@
 """An online guard: hands training over to a safe optimizer when a rule goes wrong."""
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from metaopt import validate
-from metaopt._tree import select
 from metaopt.stability.coverage import Coverage, generic_features, share_beyond
-from metaopt.stability.guard_state import GuardState, Reason
+from metaopt.stability.guard_state import Reason, start
 
 _MEAN_DECAY = 0.98
 _LOSS_FLOOR = 0.01
+# The length of the sums that XLA adds up fastest on the CPU.
+_ROW = 256
+
+
+class _Rules(NamedTuple):
+    """The settings of `guard`, see there."""
+
+    loss_factor: float
+    update_factor: float
+    gradient_factor: float
+    patience: int
+    refresh: int
+    cooldown: int | None
+    coverage: tuple[Coverage, float] | None
 
 
 def guard(
@@ -72,46 +87,21 @@ def guard(
     >>> print(guard_report(state))
     The optimizer was in charge for all 1 steps; the fallback was never needed.
     """
-    for name, factor in (
-        ("loss_factor", loss_factor),
-        ("update_factor", update_factor),
-        ("gradient_factor", gradient_factor),
-    ):
-        validate.number(name, factor, low=1.0, open_low=True)
-    validate.integer("patience", patience)
-    validate.integer("refresh", refresh)
-    if cooldown is not None:
-        validate.integer("cooldown", cooldown)
-    if coverage is not None:
-        validate.number("coverage[1]", coverage[1], low=0.0, high=1.0)
-    tx = optax.with_extra_args_support(tx)
+    rules = _Rules(
+        loss_factor,
+        update_factor,
+        gradient_factor,
+        patience,
+        refresh,
+        cooldown,
+        coverage,
+    )
+    _require_valid(rules)
     fallback = optax.adamw(1e-3) if fallback is None else fallback
-    fallback = optax.with_extra_args_support(fallback)
+    pair = optax.with_extra_args_support(tx), optax.with_extra_args_support(fallback)
 
     def init(params):
-        unknown, zero = jnp.float32(jnp.nan), jnp.int32(0)
-        return GuardState(
-            step=zero,
-            inner=tx.init(params),
-            backup=fallback.init(params),
-            active=jnp.array(True),
-            grad_size=unknown,
-            update_size=unknown,
-            updates_seen=zero,
-            loss=unknown,
-            best=unknown,
-            first_loss=unknown,
-            high=zero,
-            beyond=zero,
-            rejected=zero,
-            skipped=zero,
-            resting=zero,
-            trips=zero,
-            reason=zero,
-            first_reason=zero,
-            last_step=jnp.int32(-1),
-            first_step=jnp.int32(-1),
-        )
+        return start(*(rule.init(params) for rule in pair))
 
     def update(grads, state, params=None, *, value=None, **extra):
         if params is None:
@@ -121,60 +111,87 @@ def guard(
             )
         if value is not None:
             extra = {**extra, "value": value}
-        state, accepted = _watch_inputs(
-            state, grads, value, loss_factor, gradient_factor, patience
-        )
-        if cooldown is not None:
-            state = _return(state, state.resting >= cooldown, tx, params)
-
-        def run(rule, rule_state):
-            updates, new_state = rule.update(grads, rule_state, params, **extra)
-            like = lambda u, p: u.astype(jnp.result_type(p))
-            return jax.tree.map(like, updates, params), new_state
-
-        # A select melts into the loops of the update; a cond would copy the state.
-        mine, inner = run(tx, state.inner)
-        inner = select(state.active & accepted, inner, state.inner)
-        reason, state = _judge(state, mine, accepted, update_factor, patience)
-        if coverage is not None:
-            share = share_beyond(coverage[0], generic_features(grads, mine, params))
-            out = state.active & accepted & (share > coverage[1])
-            state = state._replace(beyond=jnp.where(out, state.beyond + 1, 0))
-            found = (reason == Reason.NONE) & (state.beyond >= patience)
-            reason = jnp.where(found, Reason.COVERAGE, reason)
-        state = _trip(state._replace(inner=inner), reason)
-        due = accepted & (~state.active | (state.step % refresh == 0))
-
-        def awake():
-            theirs, backup = run(fallback, state.backup)
-            finite = jnp.isfinite(_square(theirs))
-            return select(state.active, mine, theirs), finite | state.active, backup
-
-        def idle():
-            return mine, jnp.array(True), state.backup
-
-        updates, finite, backup = jax.lax.cond(due, awake, idle)
-        allowed = accepted & finite
-        updates = jax.tree.map(lambda u: jnp.where(allowed, u, 0), updates)
-        return updates, state._replace(
-            step=state.step + 1,
-            backup=backup,
-            skipped=state.skipped + (~allowed).astype(jnp.int32),
-            resting=jnp.where(state.active, 0, state.resting + 1),
-        )
+        return _step(rules, pair, grads, state, params, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _require_valid(rules: _Rules) -> None:
+    for name in ("loss_factor", "update_factor", "gradient_factor"):
+        validate.number(name, getattr(rules, name), low=1.0, open_low=True)
+    validate.integer("patience", rules.patience)
+    validate.integer("refresh", rules.refresh)
+    if rules.cooldown is not None:
+        validate.integer("cooldown", rules.cooldown)
+    if rules.coverage is not None:
+        validate.number("coverage[1]", rules.coverage[1], low=0.0, high=1.0)
+
+
+def _step(rules, pair, grads, state, params, extra):
+    """Returns the updates of whoever is in charge, and the state after them.
+
+    What is rare is in branches of `cond`: there XLA changes states in place, a select
+    would read and copy all of them at each step.
+    """
+    tx, fallback = pair
+    state, accepted = _watch_inputs(rules, state, grads, extra.get("value"))
+    if rules.cooldown is not None:
+        state = _return(state, state.resting >= rules.cooldown, tx, params)
+
+    def run(rule, rule_state):
+        updates, new_state = rule.update(grads, rule_state, params, **extra)
+        like = lambda u, p: u.astype(jnp.result_type(p))
+        return jax.tree.map(like, updates, params), new_state
+
+    watched = state.active & accepted
+    mine, inner = jax.lax.cond(
+        watched,
+        lambda: run(tx, state.inner),
+        lambda: (jax.tree.map(jnp.zeros_like, params), state.inner),
+    )
+    reason, state = _judge(rules, state._replace(inner=inner), mine, watched)
+    if rules.coverage is not None:
+        x = generic_features(grads, mine, params)
+        reason, state = _judge_inputs(rules, state, x, watched, reason)
+    state = _trip(state, reason)
+    # One after the other on the same state: with one of three ways XLA copies it.
+    due = accepted & state.active & (state.step % rules.refresh == 0)
+    warm = jax.lax.cond(
+        due, lambda: run(fallback, state.backup)[1], lambda: state.backup
+    )
+    updates, backup, finite = jax.lax.cond(
+        accepted & ~state.active,
+        lambda: _with_finite(*run(fallback, warm)),
+        lambda: (mine, warm, jnp.array(True)),
+    )
+    allowed = accepted & finite
+    updates = jax.tree.map(lambda u: jnp.where(allowed, u, 0), updates)
+    return updates, state._replace(
+        step=state.step + 1,
+        backup=backup,
+        skipped=state.skipped + (~allowed).astype(jnp.int32),
+        resting=jnp.where(state.active, 0, state.resting + 1),
+    )
+
+
+def _with_finite(updates, state):
+    return updates, state, jnp.isfinite(_square(updates))
+
+
 def _square(tree: chex.ArrayTree) -> jax.Array:
     """Returns the sum of squares `[]`; not finite if any element is not."""
-    # Met with a vector of ones: other sums make XLA add one by one on the CPU.
-    total = jnp.float32(0.0)
+    parts = [jnp.zeros(1)]
     for leaf in jax.tree.leaves(tree):
-        x = jnp.atleast_1d(leaf).astype(jnp.float32)
-        ones = jnp.ones(x.shape[-1], jnp.float32)
-        total += jnp.sum(jnp.dot(x * x, ones, precision="highest"))
-    return total
+        x = jnp.asarray(leaf, jnp.float32)
+        if x.ndim < 2:
+            whole = x.size // _ROW * _ROW
+            x = jnp.ravel(x)
+            parts.append(x[whole:] ** 2)
+            x = x[:whole].reshape(-1, _ROW)
+        # Met with a vector of ones: other sums make XLA add one by one on the CPU.
+        ones = jnp.ones(x.shape[-1])
+        parts.append(jnp.ravel(jnp.dot(x * x, ones, precision="highest")))
+    return jnp.sum(jnp.concatenate(parts))
 
 
 def _log_mean(mean, square, use):
@@ -191,12 +208,13 @@ def _above(square, mean, factor):
     return 0.5 * jnp.log(square) > mean + jnp.log(factor)
 
 
-def _watch_inputs(state, grads, value, loss_factor, gradient_factor, patience):
+def _watch_inputs(rules, state, grads, value):
     """Returns the state after a look at gradient and loss, and whether to use them."""
     square = _square(grads)
     finite = jnp.isfinite(square)
-    normal = ~_above(square, state.grad_size, gradient_factor)
-    normal |= state.rejected >= patience
+    # After a long time of rejection the old mean says nothing.
+    outdated = state.rejected >= rules.patience
+    normal = ~_above(square, state.grad_size, rules.gradient_factor) | outdated
     accepted = finite & normal
     if value is not None:
         value = jnp.asarray(value, jnp.float32)
@@ -204,9 +222,9 @@ def _watch_inputs(state, grads, value, loss_factor, gradient_factor, patience):
         known = jnp.where(jnp.isfinite(value), value, jnp.nan)
         first = jnp.where(jnp.isnan(state.first_loss), known, state.first_loss)
         best = jnp.where(jnp.isnan(state.best), known, state.best)
-        limit = best + (loss_factor - 1.0) * jnp.abs(best)
+        limit = best + (rules.loss_factor - 1.0) * jnp.abs(best)
         limit += _LOSS_FLOOR * jnp.abs(first)
-        rate = 2.0 / (patience + 1.0)
+        rate = 2.0 / (rules.patience + 1.0)
         loss = (1.0 - rate) * state.loss + rate * known
         loss = jnp.where(jnp.isnan(state.loss), known, loss)
         loss = jnp.where(jnp.isnan(known), state.loss, loss)
@@ -216,32 +234,39 @@ def _watch_inputs(state, grads, value, loss_factor, gradient_factor, patience):
             best=jnp.fmin(best, loss),
             high=jnp.where(value <= limit, 0, state.high + 1),
         )
-    # After a long time of rejection the old mean says nothing.
-    mean = jnp.where(state.rejected >= patience, jnp.nan, state.grad_size)
+    mean = jnp.where(outdated, jnp.nan, state.grad_size)
     mean = _log_mean(jnp.where(accepted, mean, state.grad_size), square, accepted)
     rejected = jnp.where(accepted, 0, state.rejected + 1)
     return state._replace(grad_size=mean, rejected=rejected), accepted
 
 
-def _judge(state, updates, accepted, update_factor, patience):
+def _judge(rules, state, updates, watched):
     """Returns why to hand over at this step, and the state after a look at updates."""
     square = _square(updates)
-    watched = state.active & accepted
     known = state.updates_seen >= 10
-    large = known & _above(square, state.update_size, update_factor)
-    rules = (
-        (state.active & (state.high >= patience), Reason.LOSS),
+    large = known & _above(square, state.update_size, rules.update_factor)
+    found = (
+        (state.active & (state.high >= rules.patience), Reason.LOSS),
         (watched & large, Reason.LARGE_UPDATE),
         (watched & ~jnp.isfinite(square), Reason.NON_FINITE_UPDATE),
     )
     reason = jnp.int32(Reason.NONE)
-    for broken, code in rules:
+    for broken, code in found:
         reason = jnp.where(broken, code, reason)
     moved = watched & (square > 0)
     return reason, state._replace(
         update_size=_log_mean(state.update_size, square, watched),
         updates_seen=state.updates_seen + moved.astype(jnp.int32),
     )
+
+
+def _judge_inputs(rules, state, x, watched, reason):
+    """Returns the same after a look at the features `x` of gradient and update."""
+    known, limit = rules.coverage
+    out = watched & (share_beyond(known, x) > limit)
+    state = state._replace(beyond=jnp.where(out, state.beyond + 1, 0))
+    found = (reason == Reason.NONE) & (state.beyond >= rules.patience)
+    return jnp.where(found, Reason.COVERAGE, reason), state
 
 
 def _trip(state, reason):
@@ -260,15 +285,17 @@ def _trip(state, reason):
 
 def _return(state, due, tx, params):
     """Gives the guarded optimizer another chance, as if it started here."""
-    due = due & ~state.active
     zero = jnp.int32(0)
-    again = state._replace(
-        inner=tx.init(params),
-        active=jnp.array(True),
-        update_size=jnp.float32(jnp.nan),
-        updates_seen=zero,
-        best=state.loss,
-        high=zero,
-        beyond=zero,
-    )
-    return jax.lax.cond(due, lambda: again, lambda: state)
+
+    def again():
+        return state._replace(
+            inner=tx.init(params),
+            active=jnp.array(True),
+            update_size=jnp.float32(jnp.nan),
+            updates_seen=zero,
+            best=state.loss,
+            high=zero,
+            beyond=zero,
+        )
+
+    return jax.lax.cond(due & ~state.active, again, lambda: state)
