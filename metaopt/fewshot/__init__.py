@@ -27,9 +27,11 @@ from metaopt.fewshot.episodes import (
 from metaopt.fewshot.implicit_maml import ImplicitMAML
 from metaopt.fewshot.in_context import InContext, Points
 from metaopt.fewshot.layouts import Interleaved, Layout, Paired, Shifted
+from metaopt.fewshot.linear_attention import AttentionWeights, LinearAttention
 from metaopt.fewshot.maml import ANIL, MAML, FirstOrderMAML, MetaSGD, MetaSGDTheta
 from metaopt.fewshot.model import Model, Network
 from metaopt.fewshot.predictors import Predictor
+from metaopt.fewshot.recurrent_readers import LSTM, FastWeights
 from metaopt.fewshot.reptile import Reptile
 from metaopt.fewshot.scratch import TrainFromScratch
 from metaopt.fewshot.sequence_model import SequenceModel
@@ -37,12 +39,15 @@ from metaopt.fewshot.transformer import Activations, Transformer
 
 __all__ = [
     "ANIL",
+    "LSTM",
     "MAML",
     "Activations",
     "Adaptation",
+    "AttentionWeights",
     "Averaging",
     "Comparison",
     "Episode",
+    "FastWeights",
     "FirstOrderMAML",
     "FunctionFamily",
     "FunctionTask",
@@ -56,6 +61,7 @@ __all__ = [
     "Lasso",
     "Layout",
     "LeastSquares",
+    "LinearAttention",
     "LogisticRegression",
     "MetaSGD",
     "MetaSGDTheta",

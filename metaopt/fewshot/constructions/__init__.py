@@ -1,5 +1,11 @@
 """Transformers whose weights are written down instead of trained."""
 
+from metaopt.fewshot.constructions.attention import (
+    Alternating,
+    copying_weights,
+    descent_weights,
+    stack_layers,
+)
 from metaopt.fewshot.constructions.compiler import DOUBLE, Constants, compile_program
 from metaopt.fewshot.constructions.decoder import Decoder, decode
 from metaopt.fewshot.constructions.program import (
@@ -23,6 +29,7 @@ from metaopt.fewshot.constructions.regression import (
 __all__ = [
     "DOUBLE",
     "Affine",
+    "Alternating",
     "Constants",
     "Decoder",
     "Divide",
@@ -34,9 +41,12 @@ __all__ = [
     "Term",
     "compile_program",
     "compiled",
+    "copying_weights",
     "decode",
+    "descent_weights",
     "interleave",
     "interpreted",
     "ridge_program",
     "sgd_program",
+    "stack_layers",
 ]
