@@ -69,6 +69,9 @@ def test_flipped_sign_fails_and_its_mirror_image_passes():
     assert verdict.level == Level.PASS and verdict.value == 1.0
     lost = sgd | {"quadratic/cosine": np.full((3, 20), np.nan)}
     assert probe.judge(lost, {}).level == Level.FAIL
+    beyond = sgd | {"quadratic/actual over predicted": -np.ones(3)}
+    verdict = probe.judge(beyond, {})
+    assert verdict.level == Level.FAIL and "as predicted" in verdict.reason
     axes = Figure().subplots()
     probe.plot(sgd, {"sgd": sgd}, axes)
     assert len(axes.lines) == 5

@@ -7,16 +7,32 @@ from metaopt.stability.probe import Level
 from metaopt.stability.suite import QUICK, run_suite
 
 NAMED = {
-    "sgd, learning rate twice over the bound": ("S1",),
-    "sgd, sign flipped": ("S1", "S14"),
-    "momentum above 1": ("S1", "S5"),
-    "SmallFC, untrained": ("S1", "S7"),
+    "sgd, learning rate twice over the bound": ("S1", "S2", "S3", "S7", "S8", "S14"),
+    "sgd, sign flipped": ("S1", "S2", "S3", "S7", "S8", "S9", "S10", "S13", "S14"),
+    "momentum above 1": ("S1", "S3", "S5", "S7", "S8", "S9", "S10", "S13"),
+    "SmallFC, untrained": ("S1", "S5", "S7", "S8", "S9", "S10"),
 }
+
+# Cells of the matrix that take seconds.
+FAST = (
+    ("sgd, learning rate twice over the bound", "S1", Level.FAIL),
+    ("sgd, sign flipped", "S13", Level.FAIL),
+    ("momentum above 1", "S13", Level.FAIL),
+    ("sgd", "S1", Level.PASS),
+    ("momentum", "S13", Level.PASS),
+)
 
 
 def test_every_broken_optimizer_has_a_probe_that_names_its_fault():
     assert set(NAMED) == set(field.broken())
     assert {code for codes in NAMED.values() for code in codes} <= set(QUICK)
+
+
+@pytest.mark.parametrize(("name", "code", "level"), FAST)
+def test_decisive_cells(name, code, level):
+    subject = (field.broken() | field.references())[name]
+    (result,) = run_suite(subject, probes=[code]).results
+    assert result.verdict.level is level, result.verdict.reason
 
 
 @pytest.mark.slow

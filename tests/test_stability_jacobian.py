@@ -171,6 +171,12 @@ def test_margin_finds_a_flipped_sign(monkeypatch):
     assert probe.judge({**measured, **upright}, {}).level == Level.PASS
     cancelling = {**measured, **upright, "cosine": np.full((1, 1, 2), -0.8)}
     assert probe.judge(cancelling, {}).level == Level.WARN
+    # Gradient descent on curvature 10 diverges from a rate of 0.2 on, momentum later.
+    steep = {name: 4.0 * upright[name] for name in upright}
+    assert measured["memory"] == 0
+    assert probe.judge({**measured, **steep}, {}).level == Level.FAIL
+    momentum = {**measured, **steep, "memory": np.array(2)}
+    assert probe.judge(momentum, {}).level == Level.PASS
 
 
 ADAM = optax.adam(0.05, b2=0.99, eps_root=1e-12)

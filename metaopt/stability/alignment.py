@@ -221,8 +221,11 @@ class AlignmentProbe(Probe):
         """Judges the share of steps that point downhill, on the worst problem.
 
         FAIL below a quarter, median over seeds: the references spend more than half of
-        their steps downhill even where they overshoot, an ascent none. WARN below four
-        fifths of the worst reference. The other numbers are described, not judged.
+        their steps downhill even where they overshoot, an ascent none. FAIL if the loss
+        of the quadratic rises where most updates predict a fall: the curvature is
+        constant there, so the step is too long for it; the references keep 0.55 of the
+        fall or more, at twice the bound it is -1. WARN below four fifths of the worst
+        reference. The other numbers are described, not judged.
         """
         shares = {n: float(np.median(measured[f"{n}/downhill"])) for n in _CASES}
         ends = [measured[f"{n}/cosine"] for n in _CASES]
@@ -240,6 +243,10 @@ class AlignmentProbe(Probe):
         )
         if value < 0.25:
             return Verdict(Level.FAIL, value, 0.25, reason)
+        kept = float(np.median(measured["quadratic/actual over predicted"]))
+        if not kept > 0.0:
+            reason = f"The loss of the quadratic falls {kept:.2g} times as predicted."
+            return Verdict(Level.FAIL, kept, 0.0, reason)
         level = Level.WARN if value < limit else Level.PASS
         return Verdict(level, value, limit, reason)
 

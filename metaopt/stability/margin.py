@@ -11,11 +11,11 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from metaopt.optimizers.star import STAR
-from metaopt.stability.probe import Level, Probe, Verdict
+from metaopt.stability.probe import Arrays, Level, Probe, Verdict
 from metaopt.stability.problems import Bowl, MoonsNet
 from metaopt.stability.spectrum import arnoldi, spectral_norm, symmetric_ritz_values
 from metaopt.stability.subject import Subject, subject
-from metaopt.stability.system import LoopState, System
+from metaopt.stability.system import LoopState, System, split_floats
 from metaopt.task import Task
 
 ERRORS = (1.0, 1.5, 2.0)
@@ -209,6 +209,7 @@ class MarginProbe(Probe):
             if halves is not None or j < 2:
                 piece = np.stack([np.asarray(s[j]) for s in splits])
                 arrays[name] = piece.reshape(*shape, *piece.shape[2:])
+        start = System(problems["bowl"], subject, num_steps).start(key)[1]
         budget = 2.0 / np.maximum(arrays["sharpness"], 1e-12)
         arrays["margin"] = np.stack(
             [budget / d - arrays["highest"] for d in ERRORS], axis=-1
@@ -217,6 +218,7 @@ class MarginProbe(Probe):
             "problems": np.array(list(problems)),
             "checkpoints": np.asarray(self.checkpoints),
             "errors": np.asarray(ERRORS),
+            "memory": np.array(split_floats(start.opt_state)[0].size),
             **arrays,
         }
 
@@ -232,9 +234,11 @@ class MarginProbe(Probe):
         large where the curvature is small, is at twice the bound on two moons and
         trains well. Adam's gain goes with one over the gradient of a coordinate, so a
         start next to a minimum gives any number: the median of three runs was 11 for
-        one key of twelve, that of nine runs is below 2 for all. WARN for STAR if the
-        cosine of its parts is below -0.7: the black box cancels the nominal term, and
-        an error in it leaves a residue of that size (Lemma 3).
+        one key of twelve, that of nine runs is below 2 for all. For a rule without
+        memory that has the same gain in all directions the bound is exact: FAIL above
+        it on the bowl, whose curvature never changes. WARN for STAR if the cosine of
+        its parts is below -0.7: the black box cancels the nominal term, and an error in
+        it leaves a residue of that size (Lemma 3).
         """
         shown = ("lowest", "highest", "secant", "sharpness")
         if not all(np.all(np.isfinite(measured[name])) for name in shown):
@@ -260,7 +264,16 @@ class MarginProbe(Probe):
                 f"{lowest:.3g} times the largest.",
             )
         used = measured["highest"] * measured["sharpness"] / 2.0
-        used = np.median(used, axis=(1, 2)).max()
+        used = np.median(used, axis=(1, 2))
+        if _is_exact(measured) and used[0] > 1.0:
+            return Verdict(
+                Level.FAIL,
+                float(used[0]),
+                1.0,
+                f"Each step is {used[0]:.3g} times what the curvature of the bowl "
+                "allows, and the rule has no memory that could help.",
+            )
+        used = used.max()
         if used > 10.0:
             return Verdict(
                 Level.WARN,
@@ -303,3 +316,9 @@ class MarginProbe(Probe):
         axes.set_yscale("symlog", linthresh=1e-3)
         axes.set_ylabel("largest gain x sharpness / 2")
         axes.legend()
+
+
+def _is_exact(measured: Arrays) -> bool:
+    """Whether the bound is the limit: no memory, and one gain for all directions."""
+    low, high = (np.median(measured[name][0]) for name in ("lowest", "highest"))
+    return measured.get("memory", 1) == 0 and low > 0.999 * high
