@@ -94,7 +94,7 @@ class Transformer(SequenceModel):
         def normal(*shape, factor=1.0):
             return factor * self.init_std * jax.random.normal(next(keys), shape)
 
-        blocks = {
+        blocks: dict[str, chex.ArrayTree] = {
             "attention_norm": _norm_params(depth, width),
             "qkv": _linear(normal(depth, width, 3 * width)),
             "attention_out": _linear(normal(depth, width, width, factor=into_stream)),

@@ -6,7 +6,8 @@ from metaopt.fewshot.constructions.attention import (
     descent_weights,
     stack_layers,
 )
-from metaopt.fewshot.constructions.compiler import DOUBLE, Constants, compile_program
+from metaopt.fewshot.constructions.blueprint import DOUBLE, Constants
+from metaopt.fewshot.constructions.compiler import compile_program
 from metaopt.fewshot.constructions.decoder import Decoder, decode
 from metaopt.fewshot.constructions.program import (
     Affine,

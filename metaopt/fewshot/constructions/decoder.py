@@ -6,6 +6,7 @@ in it knows where its weights come from.
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -20,8 +21,8 @@ class Norm(NamedTuple):
         bias: what is added then, `[width]`.
     """
 
-    gain: jax.Array
-    bias: jax.Array
+    gain: chex.Array
+    bias: chex.Array
 
 
 class Block(NamedTuple):
@@ -42,16 +43,16 @@ class Block(NamedTuple):
     """
 
     attention_norm: Norm
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    output: jax.Array
-    output_bias: jax.Array
+    query: chex.Array
+    key: chex.Array
+    value: chex.Array
+    output: chex.Array
+    output_bias: chex.Array
     network_norm: Norm
-    hidden: jax.Array
-    hidden_bias: jax.Array
-    linear: jax.Array
-    linear_bias: jax.Array
+    hidden: chex.Array
+    hidden_bias: chex.Array
+    linear: chex.Array
+    linear_bias: chex.Array
 
 
 class Decoder(NamedTuple):
@@ -65,11 +66,11 @@ class Decoder(NamedTuple):
         readout: `[width, outputs]`.
     """
 
-    embedding: jax.Array
-    positions: jax.Array
+    embedding: chex.Array
+    positions: chex.Array
     blocks: Block
     final_norm: Norm
-    readout: jax.Array
+    readout: chex.Array
 
 
 def decode(decoder: Decoder, tokens: jax.Array) -> jax.Array:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import validate
-from metaopt.fewshot.constructions.compiler import Constants, compile_program
+from metaopt.fewshot.constructions.blueprint import Constants
+from metaopt.fewshot.constructions.compiler import compile_program
 from metaopt.fewshot.constructions.decoder import decode
 from metaopt.fewshot.constructions.program import (
     Affine,
