@@ -14,7 +14,7 @@ LAYERS = (
     ("optimizers.base",),
     ("learner",),
     ("optimizers", "estimators", "baselines", "augment", "secant"),
-    ("train", "evaluate", "checkpoint", "coordinate_check"),
+    ("train", "evaluate", "checkpoint", "coordinate_check", "scores"),
     ("fewshot",),
     ("interpret",),
     ("stability", "testing"),
