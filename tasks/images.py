@@ -1,5 +1,6 @@
-"""Image classifiers: the dataset lives on the device, minibatches are drawn by key."""
+"""Images: the dataset lives on the device, minibatches are drawn by key."""
 
+import abc
 import dataclasses
 import functools
 
@@ -12,7 +13,7 @@ from metaopt.task import Task
 from tasks import data as datasets
 from tasks.classification import cross_entropy
 
-ACTIVATIONS = ("relu", "tanh", "gelu", "silu")
+ACTIVATIONS = ("relu", "tanh", "gelu", "silu", "elu", "sigmoid", "softplus")
 
 
 def load_images(dataset: str, image_size: int | None) -> datasets.Splits:
@@ -59,26 +60,59 @@ def image_shape(dataset: str, image_size: int | None) -> tuple[int, int, int]:
     return (image_size or height, image_size or width, channels)
 
 
-def _check(task: "ImageMLP | ImageConv") -> None:
-    validate.one_of("dataset", task.dataset, datasets.DATASETS)
-    validate.integers("widths", task.widths)
-    validate.integer("batch_size", task.batch_size)
-    validate.one_of("activation", task.activation, ACTIVATIONS)
-    if task.image_size is not None:
-        validate.integer("image_size", task.image_size)
-
-
 @dataclasses.dataclass(frozen=True)
-class ImageMLP(Task):
-    """Classifies images with a multi-layer perceptron.
+class ImageTask(Task):
+    """Trains a network on images: what all tasks on images share.
 
     Attributes:
         dataset: a key of `tasks.data.DATASETS`.
-        widths: hidden layer sizes.
         batch_size: images per step, drawn with replacement.
-        activation: "relu", "tanh", "gelu" or "silu".
-        layer_norm: whether each hidden layer is normalised before its activation.
         image_size: side that the images are resized to; None leaves them alone.
+    """
+
+    dataset: str = "digits"
+    batch_size: int = dataclasses.field(default=128, kw_only=True)
+    image_size: int | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        validate.one_of("dataset", self.dataset, datasets.DATASETS)
+        validate.integer("batch_size", self.batch_size)
+        if self.image_size is not None:
+            validate.integer("image_size", self.image_size)
+
+    @property
+    @abc.abstractmethod
+    def _net(self) -> hk.Transformed:
+        """From images `[N, H, W, C]` and labels `[N]` to the loss and its metrics."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return image_shape(self.dataset, self.image_size)
+
+    def load(self):
+        return load_images(self.dataset, self.image_size)
+
+    def batch(self, instance, data, key, *, split="train"):
+        peak = datasets.DATASETS[self.dataset].peak
+        part = getattr(data, split)
+        return draw_images(part, key, batch_size=self.batch_size, peak=peak)
+
+    def init(self, instance, key):
+        return self._net.init(key, jnp.zeros((2, *self.shape)), jnp.zeros(2, jnp.int32))
+
+    def loss(self, params, batch, instance, key):
+        return self._net.apply(params, key, *batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageMLP(ImageTask):
+    """Classifies images with a multi-layer perceptron.
+
+    Attributes:
+        widths: hidden layer sizes.
+        activation: a name of `ACTIVATIONS`.
+        layer_norm: whether each hidden layer is normalised before its activation.
 
     >>> task = ImageMLP()
     >>> params = task.init((), jax.random.key(0))
@@ -89,15 +123,14 @@ class ImageMLP(Task):
     ['accuracy']
     """
 
-    dataset: str = "digits"
     widths: tuple[int, ...] = (32,)
-    batch_size: int = 128
     activation: str = "relu"
     layer_norm: bool = False
-    image_size: int | None = None
 
     def __post_init__(self):
-        _check(self)
+        super().__post_init__()
+        validate.integers("widths", self.widths)
+        validate.one_of("activation", self.activation, ACTIVATIONS)
 
     @functools.cached_property
     def _net(self):
@@ -110,33 +143,18 @@ class ImageMLP(Task):
                 x = activation(hk.LayerNorm(-1, True, True)(x))
             return hk.Linear(classes)(x)
 
-        def mlp(x):
+        def mlp(x, y):
             x = x.reshape(len(x), -1)
             if self.layer_norm:
-                return normalised(x)
-            return hk.nets.MLP((*self.widths, classes), activation=activation)(x)
+                return cross_entropy(normalised(x), y)
+            net = hk.nets.MLP((*self.widths, classes), activation=activation)
+            return cross_entropy(net(x), y)
 
-        return hk.without_apply_rng(hk.transform(mlp))
-
-    def load(self):
-        return load_images(self.dataset, self.image_size)
-
-    def batch(self, instance, data, key, *, split="train"):
-        peak = datasets.DATASETS[self.dataset].peak
-        part = getattr(data, split)
-        return draw_images(part, key, batch_size=self.batch_size, peak=peak)
-
-    def init(self, instance, key):
-        shape = image_shape(self.dataset, self.image_size)
-        return self._net.init(key, jnp.zeros((1, *shape)))
-
-    def loss(self, params, batch, instance, key):
-        x, y = batch
-        return cross_entropy(self._net.apply(params, x), y)
+        return hk.transform(mlp)
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageConv(Task):
+class ImageConv(ImageTask):
     """Classifies images with a small convolutional network.
 
     Each hidden layer is a 3x3 convolution of stride 2, a LayerNorm over height, width
@@ -144,11 +162,8 @@ class ImageConv(Task):
     out linearly.
 
     Attributes:
-        dataset: a key of `tasks.data.DATASETS`.
         widths: channels of the hidden layers.
-        batch_size: images per step, drawn with replacement.
-        activation: "relu", "tanh", "gelu" or "silu".
-        image_size: side that the images are resized to; None leaves them alone.
+        activation: a name of `ACTIVATIONS`.
 
     >>> task = ImageConv(widths=(8,))
     >>> params = task.init((), jax.random.key(0))
@@ -156,41 +171,24 @@ class ImageConv(Task):
     (3, 3, 1, 8)
     """
 
-    dataset: str = "digits"
     widths: tuple[int, ...] = (16, 32)
-    batch_size: int = 128
     activation: str = "relu"
-    image_size: int | None = None
 
     def __post_init__(self):
-        _check(self)
+        super().__post_init__()
+        validate.integers("widths", self.widths)
+        validate.one_of("activation", self.activation, ACTIVATIONS)
 
     @functools.cached_property
     def _net(self):
         activation = getattr(jax.nn, self.activation)
         classes = datasets.num_classes(self.dataset)
 
-        def conv(x):
+        def conv(x, y):
             for width in self.widths:
                 x = hk.Conv2D(width, kernel_shape=3, stride=2)(x)
                 norm = hk.LayerNorm((1, 2, 3), True, True, param_axis=3)
                 x = activation(norm(x))
-            return hk.Linear(classes)(x.mean((1, 2)))
+            return cross_entropy(hk.Linear(classes)(x.mean((1, 2))), y)
 
-        return hk.without_apply_rng(hk.transform(conv))
-
-    def load(self):
-        return load_images(self.dataset, self.image_size)
-
-    def batch(self, instance, data, key, *, split="train"):
-        peak = datasets.DATASETS[self.dataset].peak
-        part = getattr(data, split)
-        return draw_images(part, key, batch_size=self.batch_size, peak=peak)
-
-    def init(self, instance, key):
-        shape = image_shape(self.dataset, self.image_size)
-        return self._net.init(key, jnp.zeros((1, *shape)))
-
-    def loss(self, params, batch, instance, key):
-        x, y = batch
-        return cross_entropy(self._net.apply(params, x), y)
+        return hk.transform(conv)

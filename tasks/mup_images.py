@@ -1,22 +1,23 @@
 """An image classifier whose features move by the same amount at every width."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
 import chex
+import haiku as hk
 import jax
 import jax.numpy as jnp
 
 from metaopt import validate
-from metaopt.task import Task
 from tasks import data as datasets
 from tasks.classification import cross_entropy
-from tasks.images import ACTIVATIONS, draw_images, image_shape, load_images
+from tasks.images import ACTIVATIONS, ImageTask
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageMuMLP(Task):
+class ImageMuMLP(ImageTask):
     """Classifies images with a multi-layer perceptron that can grow wide.
 
     In the maximal update parametrisation input and hidden weights start as `N(0, 1 /
@@ -26,12 +27,9 @@ class ImageMuMLP(Task):
     start as `N(0, 1 / fan_in)` and logits are as they are. Biases start at 0.
 
     Attributes:
-        dataset: a key of `tasks.data.DATASETS`.
         widths: hidden layer sizes.
-        batch_size: images per step, drawn with replacement.
-        activation: "relu", "tanh", "gelu" or "silu".
+        activation: a name of `tasks.images.ACTIVATIONS`.
         parametrisation: "mup" or "standard".
-        image_size: side that the images are resized to; None leaves them alone.
 
     References:
         Therien et al., 2024, https://arxiv.org/abs/2406.00153
@@ -42,46 +40,36 @@ class ImageMuMLP(Task):
     (['layer_0', 'layer_1', 'layer_2'], (16, 16))
     """
 
-    dataset: str = "digits"
     widths: tuple[int, ...] = (32, 32)
-    batch_size: int = 128
     activation: str = "relu"
     parametrisation: str = "mup"
-    image_size: int | None = None
 
     def __post_init__(self):
-        validate.one_of("dataset", self.dataset, datasets.DATASETS)
+        super().__post_init__()
         validate.integers("widths", self.widths)
-        validate.integer("batch_size", self.batch_size)
         validate.one_of("activation", self.activation, ACTIVATIONS)
         validate.one_of("parametrisation", self.parametrisation, ("mup", "standard"))
-        if self.image_size is not None:
-            validate.integer("image_size", self.image_size)
 
-    def load(self):
-        return load_images(self.dataset, self.image_size)
+    @functools.cached_property
+    def _net(self):
+        classes = datasets.num_classes(self.dataset)
+        sizes = (math.prod(self.shape), *self.widths, classes)
 
-    def batch(self, instance, data, key, *, split="train"):
-        peak = datasets.DATASETS[self.dataset].peak
-        part = getattr(data, split)
-        return draw_images(part, key, batch_size=self.batch_size, peak=peak)
+        def init(key, x, y):
+            params = {}
+            for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+                key, draw = jax.random.split(key)
+                w = jax.random.normal(draw, (fan_in, fan_out)) / math.sqrt(fan_in)
+                if i == len(self.widths) and self.parametrisation == "mup":
+                    w = jnp.zeros_like(w)
+                params[f"layer_{i}"] = {"w": w, "b": jnp.zeros(fan_out)}
+            return params
 
-    def init(self, instance, key):
-        pixels = math.prod(image_shape(self.dataset, self.image_size))
-        sizes = (pixels, *self.widths, datasets.num_classes(self.dataset))
-        params = {}
-        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-            key, draw = jax.random.split(key)
-            w = jax.random.normal(draw, (fan_in, fan_out)) / math.sqrt(fan_in)
-            if i == len(self.widths) and self.parametrisation == "mup":
-                w = jnp.zeros_like(w)
-            params[f"layer_{i}"] = {"w": w, "b": jnp.zeros(fan_out)}
-        return params
+        def apply(params, key, x, y):
+            logits = self.preactivations(params, x)[f"layer_{len(self.widths)}"]
+            return cross_entropy(logits, y)
 
-    def loss(self, params, batch, instance, key):
-        x, y = batch
-        logits = self.preactivations(params, x)[f"layer_{len(self.widths)}"]
-        return cross_entropy(logits, y)
+        return hk.Transformed(init, apply)
 
     def preactivations(
         self, params: chex.ArrayTree, images: jax.Array
