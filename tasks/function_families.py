@@ -12,6 +12,8 @@ from metaopt import validate
 from metaopt.fewshot import FunctionFamily
 from tasks.episodes import ImageEpisodes
 from tasks.linear_families import EasyHardLinear, Linear, SparseLinear
+from tasks.projected_images import ProjectedImages, RandomPairs
+from tasks.prompts import PROMPTS
 from tasks.regression import Regression, check_subset, draw_subset
 
 
@@ -184,10 +186,20 @@ FAMILIES: dict[str, Callable[..., FunctionFamily]] = {
     "image-episodes": ImageEpisodes,
     "linear": Linear,
     "noisy-linear": functools.partial(Linear, noise=1.0),
+    "projected-images": ProjectedImages,
+    "random-pairs": RandomPairs,
     "relu-network": ReLUNetworks,
     "sinusoid": Sinusoids,
     "sparse-linear": SparseLinear,
     "sparse-parity": SparseParities,
+}
+
+
+# Names of classes, for `metaopt.registry.from_config`.
+CLASSES: dict[str, type] = {
+    cls.__name__: cls
+    for cls in (*FAMILIES.values(), *PROMPTS.values())
+    if isinstance(cls, type)
 }
 
 

@@ -24,7 +24,9 @@ from tasks.prompts import (
 )
 
 SMALL = {
-    name: {"dim": 4} for name in FAMILIES if name not in ("sinusoid", "image-episodes")
+    name: {"dim": 4}
+    for name in FAMILIES
+    if name not in ("sinusoid", "image-episodes", "projected-images")
 }
 
 

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metaopt.estimators import FullUnroll
-from metaopt.fewshot import InContext, Interleaved, Paired, Points, Shifted, Transformer
+from metaopt.fewshot import (
+    LSTM,
+    FastWeights,
+    InContext,
+    Interleaved,
+    Paired,
+    Points,
+    Shifted,
+    Transformer,
+)
 from metaopt.sharding import task_mesh
 from metaopt.train import meta_train
 from tasks.function_families import family
@@ -20,6 +29,8 @@ MODELS = {
     "transformer": Transformer(layers=2, heads=2, width=8),
     "attention only": Transformer(layers=2, heads=2, width=8, widening=0),
     "smeared keys": Transformer(layers=1, heads=2, width=8, smeared_keys=True),
+    "lstm": LSTM(width=8),
+    "fast weights": FastWeights(width=8, heads=2),
 }
 
 
@@ -59,6 +70,36 @@ def test_a_prefix_gives_the_same_outputs(model):
     params = model.init(jax.random.key(1), tokens, 2)
     whole = model.apply(params, tokens)
     np.testing.assert_allclose(model.apply(params, tokens[:4]), whole[:4], atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [LSTM(8), FastWeights(8, heads=2)])
+def test_recurrent_models_read_in_turn(model):
+    with pytest.raises(ValueError, match="causal must be True"):
+        tokens = jnp.zeros((4, 3))
+        model.apply(model.init(jax.random.key(0), tokens, 1), tokens, causal=False)
+
+
+def test_fast_weights_follow_the_equations():
+    # One token at a time in NumPy, one head at a time.
+    model, d = FastWeights(width=6, heads=2), 3
+    tokens = jax.random.normal(jax.random.key(0), (5, 4))
+    params = model.init(jax.random.key(1), tokens, 2)
+    p = jax.tree.map(np.asarray, params)
+    sigmoid = lambda z: 1 / (1 + np.exp(-z))
+    h, memory, expected = np.zeros(6), np.zeros((2, d, d)), []
+    for token in np.asarray(tokens):
+        x = token @ p["embed"]["w"] + p["embed"]["b"]
+        z = np.concatenate([x, h]) @ p["cell"]["w"] + p["cell"]["b"]
+        h = np.zeros(6)
+        for head, (*keys, scale) in enumerate(np.split(z, 2)):
+            a0, a1, a2, b0, b1, b2, query, gate = np.split(np.array(keys), 8)
+            i, g, f = (np.outer(*np.tanh(k)) for k in ((a0, b0), (a1, b1), (a2, b2)))
+            g = np.log1p(np.exp(scale)) * g
+            memory[head] = sigmoid(f + 1) * memory[head] + sigmoid(i) * g
+            part = sigmoid(gate) * np.tanh(memory[head].T @ query)
+            h[d * head : d * (head + 1)] = part
+        expected.append(h @ p["unembed"]["w"] + p["unembed"]["b"])
+    np.testing.assert_allclose(model.apply(params, tokens), expected, atol=1e-5)
 
 
 def test_more_tokens_than_positions_are_refused():
@@ -111,7 +152,7 @@ def test_losses_are_the_squared_errors_over_the_scale():
 def test_training_learns_to_remember():
     # A question that repeats the only example is answered by looking it up.
     lines = family("linear", dim=1, num_examples=2)
-    learner = InContext(lines, Transformer(2, 2, 16), batch_size=64)
+    learner = InContext(lines, Transformer(2, 2, 16, init_std=0.25), batch_size=64)
     seen = []
     meta_train(
         FullUnroll(learner, num_tasks=1),

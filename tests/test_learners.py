@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tasks
-from metaopt.fewshot import InContext, Paired, Shifted, Transformer
+from metaopt.fewshot import LSTM, FastWeights, InContext, Paired, Shifted, Transformer
 from metaopt.learner import LogUniform, StepOut, TrainTask, draw_length, unroll
 from metaopt.optimizers import MLP, Fixed, Hyper, SmallFC
 from metaopt.testing import ConformanceError, Quadratic, check_learner
@@ -25,6 +25,8 @@ LEARNERS = [
     TrainTask(tasks.get("image-mlp"), MLP(), horizon=3, meta_split="valid"),
     InContext(LINES, TINY, batch_size=2),
     InContext(LINES, TINY, Paired(), batch_size=2),
+    InContext(LINES, LSTM(8), batch_size=2),
+    InContext(LINES, FastWeights(8, heads=2), batch_size=2),
     InContext(family("image-episodes", way=2), TINY, Shifted(), batch_size=2),
     toys.InfluenceBalancing(horizon=5),
     toys.LearningRateSchedule(horizon=5),
