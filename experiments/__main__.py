@@ -11,6 +11,14 @@ COMMANDS = {
         "meta-train a learned optimizer, compare it with tuned Adam, save it",
         "experiments.meta_train",
     ),
+    "compare": (
+        "compare optimizers on many tasks, all tuned alike",
+        "experiments.compare.command",
+    ),
+    "in-context": (
+        "train a model that learns from examples in its context, and compare it",
+        "experiments.in_context",
+    ),
     "reproduce": (
         "measure the headline claim of a paper anew",
         "experiments.reproduce.command",

@@ -14,6 +14,7 @@ from metaopt.estimators import (
     TruncatedES,
 )
 from metaopt.estimators.base import OverTasks
+from metaopt.fewshot import InContext
 from metaopt.learner import TrainTask, longest
 from metaopt.optimizers.fixed import check_arguments, factory
 
@@ -89,17 +90,16 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class MetaTrain:
-    """Meta-trains a learned optimizer.
+class Training:
+    """What every run has: the base of `MetaTrain` and `TrainInContext`.
 
     Attributes:
-        estimator: estimates the meta-gradient; holds the tasks and the optimizer.
+        estimator: estimates the meta-gradient; holds what is trained.
         outer: the outer optimizer.
         num_steps: outer steps.
         seed: seed of all randomness.
         checkpoint_seconds: time between checkpoints; None for none by time.
         checkpoint_steps: outer steps between checkpoints; None for none by count.
-        evaluation: the comparison at the end.
     """
 
     estimator: GradientEstimator
@@ -108,16 +108,83 @@ class MetaTrain:
     seed: int = 0
     checkpoint_seconds: float | None = 30.0
     checkpoint_steps: int | None = None
-    evaluation: Evaluation = Evaluation()
 
     def __post_init__(self):
-        learners(self.estimator)  # raises if it trains something else
         validate.integer("num_steps", self.num_steps)
         validate.integer("seed", self.seed, minimum=0)
         if self.checkpoint_seconds is not None:
             validate.number("checkpoint_seconds", self.checkpoint_seconds, low=0.0)
         if self.checkpoint_steps is not None:
             validate.integer("checkpoint_steps", self.checkpoint_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaTrain(Training):
+    """Meta-trains a learned optimizer.
+
+    Attributes:
+        evaluation: the comparison at the end.
+    """
+
+    evaluation: Evaluation = Evaluation()
+
+    def __post_init__(self):
+        learners(self.estimator)  # raises if it trains something else
+        super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShotEvaluation:
+    """The comparison with classical predictors that ends a run, on fresh functions.
+
+    Attributes:
+        num_examples: numbers of examples to try, up to those of training; None for
+            about ten between 1 and all.
+        num_episodes: functions that errors are averaged over.
+        host_episodes: the same for predictors that run on the host one by one.
+    """
+
+    num_examples: tuple[int, ...] | None = None
+    num_episodes: int = 1280
+    host_episodes: int = 64
+
+    def __post_init__(self):
+        if self.num_examples is not None:
+            validate.integers("num_examples", self.num_examples)
+        validate.integer("num_episodes", self.num_episodes)
+        validate.integer("host_episodes", self.host_episodes)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainInContext(Training):
+    """Trains a sequence model to learn from the examples in its context.
+
+    Attributes:
+        evaluation: the comparison at the end.
+    """
+
+    evaluation: FewShotEvaluation = FewShotEvaluation()
+
+    def __post_init__(self):
+        self.learner  # noqa: B018 - raises if it trains something else
+        super().__post_init__()
+        asked = self.evaluation.num_examples or (1,)
+        if max(asked) > (trained := self.learner.family.num_examples):
+            raise ValueError(
+                "evaluation.num_examples must not exceed the examples of training, "
+                f"got {max(asked)} of {trained}."
+            )
+
+    @property
+    def learner(self) -> InContext:
+        """What is trained."""
+        first, *more = parts(self.estimator)
+        learner = first.learner
+        validate.instance("learner", learner, InContext, "InContext(family, model)")
+        if more:
+            raise ValueError("estimator must train one learner, got a mixture.")
+        assert isinstance(learner, InContext)
+        return learner
 
 
 def parts(estimator: GradientEstimator) -> tuple[OverTasks, ...]:

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     console.check_choice("preset", name, META_TRAIN)
     backend.prepare()
 
-    from experiments import options, training
+    from experiments import options, report, training
 
     default = options.Launch(
         config=META_TRAIN[name].build(), out=pathlib.Path("runs", name)
@@ -38,4 +38,11 @@ def main(arguments: list[str]) -> int:
     launch = options.parse(default, rest, command=f"{_COMMAND} {name}")
     again = [word for word in arguments if word != "--resume"]
     command = f"{_COMMAND} {shlex.join(again)} --resume"
-    return training.run(launch, preset=name, command=command, started=_STARTED)
+    return training.run(
+        launch,
+        report.finish,
+        name="meta-train",
+        preset=name,
+        command=command,
+        started=_STARTED,
+    )

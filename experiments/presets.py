@@ -6,12 +6,14 @@ Nothing is imported until a preset is built, so that listing them is quick.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from experiments.config import MetaTrain
+    from experiments.config import MetaTrain, Training
+    from tasks.images import ImageTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Preset:
     """
 
     summary: str
-    build: Callable[[], MetaTrain]
+    build: Callable[[], Training]
 
 
 def _quadratic_pes() -> MetaTrain:
@@ -102,6 +104,46 @@ def _images_pes() -> MetaTrain:
     )
 
 
+def _small_images() -> tuple[ImageTask, ...]:
+    """Returns what a mixture is trained on: four classifiers of 8x8 images."""
+    from tasks import ImageConv, ImageMLP
+
+    mlp = functools.partial(ImageMLP, "mnist", batch_size=64, image_size=8)
+    return (
+        ImageMLP("digits", widths=(32,), batch_size=64),
+        mlp(widths=(32,)),
+        mlp(widths=(32, 16), activation="tanh", layer_norm=True),
+        ImageConv("mnist", widths=(8, 16), batch_size=32, image_size=8),
+    )
+
+
+def _celo2() -> MetaTrain:
+    from experiments.config import MetaTrain, Outer
+    from metaopt.augment import Reparametrised
+    from metaopt.estimators import PES, Mixture
+    from metaopt.learner import LogUniform, TrainTask
+    from metaopt.optimizers import Celo2
+
+    optimizer = Celo2(
+        learning_rate=3e-3, adam_multiplier=3.0, start="momentum", schedule="cosine"
+    )
+    learners = [
+        TrainTask(
+            # The steps have a fixed size, so that these are learning rates as well.
+            Reparametrised(task, "global", minimum=0.1, maximum=10.0),
+            optimizer,
+            horizon=LogUniform(100, 2000),
+            loss_cap=1.5 * math.log(10),
+        )
+        for task in _small_images()
+    ]
+    return MetaTrain(
+        estimator=Mixture(tuple(PES(x, num_tasks=4, window=50) for x in learners)),
+        outer=Outer("adam", learning_rate=3e-3, warmup=50, weight_decay=1e-3),
+        num_steps=5000,
+    )
+
+
 META_TRAIN = {
     "quadratic-pes": Preset(
         "rate and averages of Adam, on random quadratics; seconds",
@@ -114,5 +156,9 @@ META_TRAIN = {
     "images-pes": Preset(
         "the same network, on four rescaled models for digits and MNIST; hours",
         _images_pes,
+    ),
+    "celo2": Preset(
+        "Celo2, from Muon on, on four classifiers of 8x8 images; hours",
+        _celo2,
     ),
 }

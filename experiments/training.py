@@ -2,15 +2,17 @@
 
 import functools
 import math
+import pathlib
 import signal
 import threading
 import time
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 
-from experiments.config import MetaTrain, inner_steps, parts
+from experiments.config import Training, inner_steps, parts
 from experiments.console import CommandError
 from experiments.options import Launch
 from experiments.progress import Progress
@@ -68,17 +70,31 @@ class Interruption:
         self.signal = number
 
 
-def run(launch: Launch, *, preset: str, command: str, started: float) -> int:
-    """Meta-trains, evaluates and saves; returns the exit status.
+# Saves, evaluates, reports: the configuration, the last state, the folder, provenance.
+Finish = Callable[[Any, MetaState, pathlib.Path, Mapping[str, Any]], None]
+
+
+def run(
+    launch: Launch,
+    finish: Finish,
+    *,
+    name: str,
+    preset: str,
+    command: str,
+    started: float,
+) -> int:
+    """Meta-trains, then calls `finish`; returns the exit status.
 
     Args:
         launch: the configuration and the output folder.
-        preset: its name, for the record.
+        finish: what ends the run.
+        name: that of the command, for the record.
+        preset: that of the configuration, for the record.
         command: what to type to go on after an interruption.
         started: `time.perf_counter()` at the start of the program.
     """
     config = launch.config
-    record = {"command": "meta-train", "preset": preset, "config": to_config(config)}
+    record = {"command": name, "preset": preset, "config": to_config(config)}
     try:
         # First, so that a dataset that is missing leaves no folder behind.
         data = config.estimator.load()
@@ -110,17 +126,15 @@ def run(launch: Launch, *, preset: str, command: str, started: float) -> int:
             "config": to_config(config),
             **facts,
         }
-        from experiments import report
-
         try:
-            report.finish(config, outcome.state, folder.path, info)
+            finish(config, outcome.state, folder.path, info)
         except KeyboardInterrupt:
-            print(f"\nMeta-training is done and saved. To evaluate:\n  {command}")
+            print(f"\nTraining is done and saved. To evaluate:\n  {command}")
             return 128 + signal.SIGINT
     return 0
 
 
-def devices_for(config: MetaTrain) -> list[jax.Device]:
+def devices_for(config: Training) -> list[jax.Device]:
     """Returns the most devices that divide the tasks of every part of the estimator."""
     devices = jax.devices()
     counts = [part.num_tasks for part in parts(config.estimator)]
@@ -131,7 +145,7 @@ def devices_for(config: MetaTrain) -> list[jax.Device]:
 
 
 def begin(
-    config: MetaTrain, trainer: MetaTrainer, tx, data, folder: RunDirectory
+    config: Training, trainer: MetaTrainer, tx, data, folder: RunDirectory
 ) -> tuple[MetaState, float]:
     """Returns the state to start from, and the seconds spent to get there."""
     key = jax.random.key(config.seed)
@@ -165,7 +179,7 @@ def begin(
 class Recorder:
     """Collects the metrics of every step; shows and writes them now and then."""
 
-    def __init__(self, config: MetaTrain, folder: RunDirectory, *, step: int):
+    def __init__(self, config: Training, folder: RunDirectory, *, step: int):
         """Opens the logs of a run that has taken `step` steps."""
         self._metrics = Metrics(folder.path, step=step)
         self._bar = Progress(
@@ -210,7 +224,7 @@ class Recorder:
 
 
 def train(
-    config: MetaTrain,
+    config: Training,
     trainer: MetaTrainer,
     state: MetaState,
     folder: RunDirectory,
@@ -254,7 +268,7 @@ def train(
     return Outcome(state, spent(), stop.signal)
 
 
-def _due(config: MetaTrain, step: int, seconds: float) -> bool:
+def _due(config: Training, step: int, seconds: float) -> bool:
     by_time, by_count = config.checkpoint_seconds, config.checkpoint_steps
     return (by_time is not None and seconds >= by_time) or (
         by_count is not None and step % by_count == 0

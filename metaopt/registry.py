@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from metaopt import estimators, optimizers, validate
+from metaopt import baselines, estimators, fewshot, optimizers, validate
 from metaopt.learner import LogUniform, TrainTask
 from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.secant import SecantPenalty
 
 OPTIMIZERS: dict[str, type[LearnedOptimizer]] = {
+    "Baseline": baselines.Baseline,
     "Celo": optimizers.Celo,
     "Celo2": optimizers.Celo2,
     "CeloAdam": optimizers.CeloAdam,
@@ -43,7 +44,31 @@ LEARNERS: dict[str, type] = {
     "TrainTask": TrainTask,
 }
 
-COMPONENTS: dict[str, type] = {**OPTIMIZERS, **ESTIMATORS, **LEARNERS}
+# Few-shot learners and what they consist of.
+FEW_SHOT: dict[str, type] = {
+    "ANIL": fewshot.ANIL,
+    "FastWeights": fewshot.FastWeights,
+    "FirstOrderMAML": fewshot.FirstOrderMAML,
+    "ImplicitMAML": fewshot.ImplicitMAML,
+    "InContext": fewshot.InContext,
+    "Interleaved": fewshot.Interleaved,
+    "LSTM": fewshot.LSTM,
+    "LinearAttention": fewshot.LinearAttention,
+    "MAML": fewshot.MAML,
+    "MetaSGD": fewshot.MetaSGD,
+    "Network": fewshot.Network,
+    "Paired": fewshot.Paired,
+    "Reptile": fewshot.Reptile,
+    "Shifted": fewshot.Shifted,
+    "Transformer": fewshot.Transformer,
+}
+
+COMPONENTS: dict[str, type] = {
+    **OPTIMIZERS,
+    **ESTIMATORS,
+    **LEARNERS,
+    **FEW_SHOT,
+}
 
 
 def to_config(component: Any) -> dict[str, Any]:

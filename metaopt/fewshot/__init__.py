@@ -30,7 +30,7 @@ from metaopt.fewshot.layouts import Interleaved, Layout, Paired, Shifted
 from metaopt.fewshot.linear_attention import AttentionWeights, LinearAttention
 from metaopt.fewshot.maml import ANIL, MAML, FirstOrderMAML, MetaSGD, MetaSGDTheta
 from metaopt.fewshot.model import Model, Network
-from metaopt.fewshot.predictors import Predictor
+from metaopt.fewshot.predictors import FewShotLearner, Predictor
 from metaopt.fewshot.recurrent_readers import LSTM, FastWeights
 from metaopt.fewshot.reptile import Reptile
 from metaopt.fewshot.scratch import TrainFromScratch
@@ -48,6 +48,7 @@ __all__ = [
     "Comparison",
     "Episode",
     "FastWeights",
+    "FewShotLearner",
     "FirstOrderMAML",
     "FunctionFamily",
     "FunctionTask",

@@ -1,5 +1,8 @@
 """The file format of meta-parameters: safetensors that describe and check themselves.
 
+What they belong to is a learned optimizer, or a few-shot learner such as `InContext` or
+`MAML`; it is called the optimizer throughout.
+
 The tensors are the leaves of theta, float32, named by their path. The metadata holds
 the optimizer's JSON, the provenance, the number of the format, and a SHA-256 over all
 of it: safetensors alone does not notice a flipped bit. Nothing in a file is executed.
@@ -21,12 +24,16 @@ import safetensors.numpy
 
 from metaopt import validate
 from metaopt._files import write_atomically
+from metaopt.fewshot import FewShotLearner
 from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.registry import OPTIMIZERS, from_config, to_config
 
 FORMAT = 1
 
 _RECORD = "metaopt"
+
+# What theta may belong to.
+Owner = LearnedOptimizer | FewShotLearner
 
 _FIRST_BYTES = {
     b"PK\x03\x04": "a zip archive such as NumPy's .npz",
@@ -58,7 +65,7 @@ class Contents(NamedTuple):
 def save_weights(
     path: str | os.PathLike[str],
     theta: chex.ArrayTree,
-    optimizer: LearnedOptimizer,
+    optimizer: Owner,
     *,
     info: Mapping[str, Any] | None = None,
 ) -> None:
@@ -69,7 +76,7 @@ def save_weights(
     Args:
         path: the file to write; folders above it are created.
         theta: meta-parameters of `optimizer`, finite float32 arrays.
-        optimizer: the optimizer, whose fields are stored as JSON.
+        optimizer: the optimizer, or a few-shot learner; its fields are stored as JSON.
         info: provenance, such as the task and the outer steps; values must be JSON.
 
     Raises:
@@ -86,7 +93,8 @@ def save_weights(
     >>> optimizer.name, theta
     ('sgd', ())
     """
-    validate.instance("optimizer", optimizer, LearnedOptimizer, "SmallFC()")
+    if not isinstance(optimizer, FewShotLearner):
+        validate.instance("optimizer", optimizer, LearnedOptimizer, "SmallFC()")
     tensors = {n: np.array(x, order="C") for n, x in _named(theta).items()}
     problems = _mismatches(tensors, _expected(optimizer))
     for name, x in tensors.items():
@@ -115,17 +123,19 @@ def save_weights(
 def load_weights(
     path: str | os.PathLike[str],
     *,
-    classes: Mapping[str, type[LearnedOptimizer]] = OPTIMIZERS,
-) -> tuple[LearnedOptimizer, chex.ArrayTree]:
+    classes: Mapping[str, type] = OPTIMIZERS,
+) -> tuple[Any, chex.ArrayTree]:
     """Reads a file that `save_weights` wrote.
 
     Args:
         path: the file.
         classes: the optimizer classes that may occur, for rules of your own
-            `{**metaopt.registry.OPTIMIZERS, "MyRule": MyRule}`.
+            `{**metaopt.registry.OPTIMIZERS, "MyRule": MyRule}`; for a few-shot
+            learner `metaopt.registry.COMPONENTS` and the class of its family.
 
     Returns:
-        The optimizer and its theta; `optimizer.as_optax(theta)` is ready to use.
+        The optimizer and its theta; `optimizer.as_optax(theta)` is ready to use. Or
+        the learner and its theta; `learner.predictor(theta)` is.
 
     Raises:
         ValueError: if the file is something else or damaged, or listing every entry
@@ -185,8 +195,8 @@ def _record(header: dict[str, Any], label: str) -> dict[str, Any]:
 
 
 def rebuild(
-    contents: Contents, label: str, classes: Mapping[str, type[LearnedOptimizer]]
-) -> tuple[LearnedOptimizer, chex.ArrayTree]:
+    contents: Contents, label: str, classes: Mapping[str, type]
+) -> tuple[Any, chex.ArrayTree]:
     """Returns the optimizer and theta that a verified file holds.
 
     Raises:
@@ -208,7 +218,7 @@ def rebuild(
     return optimizer, jax.tree.unflatten(jax.tree.structure(expected), leaves)
 
 
-def _expected(optimizer: LearnedOptimizer) -> chex.ArrayTree:
+def _expected(optimizer: Owner) -> chex.ArrayTree:
     return jax.eval_shape(optimizer.init_theta, jax.random.key(0))
 
 

@@ -1,0 +1,96 @@
+"""What a trained few-shot learner is compared with, and on what: by its family."""
+
+import dataclasses
+import importlib.util
+from typing import NamedTuple
+
+from metaopt.fewshot import (
+    Averaging,
+    FunctionFamily,
+    GradientBoosting,
+    GreedyTree,
+    Lasso,
+    LeastSquares,
+    LogisticRegression,
+    NearestNeighbours,
+    Network,
+    Predictor,
+    TrainFromScratch,
+    bayes_ridge,
+)
+from metaopt.optimizers import Fixed
+from tasks import prompts
+from tasks.episodes import ImageEpisodes
+from tasks.function_families import DecisionTrees, ReLUNetworks
+from tasks.linear_families import Linear, SparseLinear
+
+
+class Rivals(NamedTuple):
+    """Classical predictors by name.
+
+    Attributes:
+        traced: those that compile.
+        host: those that run one episode at a time.
+    """
+
+    traced: dict[str, Predictor]
+    host: dict[str, Predictor]
+
+
+def rivals(family: FunctionFamily) -> Rivals:
+    """Returns the predictors that the literature compares on such a family."""
+    if family.classes:
+        traced: dict[str, Predictor] = {
+            "logistic regression": LogisticRegression(),
+            "nearest neighbour": NearestNeighbours(1),
+        }
+        return Rivals(traced, {})
+    traced = {"least squares": LeastSquares(), "3 neighbours": NearestNeighbours(3)}
+    host: dict[str, Predictor] = {}
+    if isinstance(family, Linear):
+        traced["averaging"] = Averaging()
+        if family.noise and family.weight_std:
+            traced["Bayes ridge"] = bayes_ridge(family.noise, family.weight_std)
+    if isinstance(family, SparseLinear):
+        traced |= {"averaging": Averaging(), "lasso 0.01": Lasso(0.01)}
+    if isinstance(family, ReLUNetworks):
+        # Rate and number of steps as in the appendix of Garg et al., 2022.
+        adam = Fixed("adam", (("learning_rate", 5e-3),))
+        model = Network(widths=(family.hidden,), bias=False)
+        network = TrainFromScratch(model, adam, steps=1000, batch_size=10)
+        traced["network, Adam"] = network.predictor()
+    if isinstance(family, DecisionTrees) and importlib.util.find_spec("sklearn"):
+        host = {
+            "greedy tree": GreedyTree(max_depth=2),
+            "greedy tree, signs": GreedyTree(max_depth=4, signs=True),
+            "boosting": GradientBoosting(),
+        }
+    return Rivals(traced, host)
+
+
+def unseen(family: FunctionFamily) -> dict[str, FunctionFamily]:
+    """Returns families that differ from that of training, by name.
+
+    For linear functions the prompts of section 5 of Garg et al., 2022; for image
+    episodes the classes that training left out.
+    """
+    change = lambda **fields: dataclasses.replace(family, **fields)
+    if isinstance(family, ImageEpisodes):
+        return {"unseen classes": change(split="test")}
+    if not isinstance(family, Linear) or family.prompt is not None:
+        return {}
+    found: dict[str, FunctionFamily] = {
+        "skewed inputs": change(prompt=prompts.Skewed()),
+        "one quadrant": change(prompt=prompts.RandomQuadrant()),
+        "repeated question": change(prompt=prompts.RepeatedQuery()),
+        "noisy targets": change(noise=family.noise + (family.dim / 20) ** 0.5),
+    }
+    if family.dim > 1:
+        found["half subspace"] = change(prompt=prompts.HalfSubspace())
+        fewer = min(family.num_examples, family.dim - 1)
+        orthogonal = prompts.OrthogonalQuery()
+        found["orthogonal question"] = change(prompt=orthogonal, num_examples=fewer)
+    for factor, label in ((1 / 3, "1/3"), (0.5, "1/2"), (2.0, "2"), (3.0, "3")):
+        found[f"inputs x {label}"] = change(prompt=prompts.Scaled(inputs_by=factor))
+        found[f"weights x {label}"] = change(prompt=prompts.Scaled(targets_by=factor))
+    return found
