@@ -209,6 +209,39 @@ def test_the_rule_alone_has_a_fixed_rate_and_no_decay():
     np.testing.assert_allclose(moved, 3 * 0.1, rtol=0.1)
 
 
+def test_a_cosine_ends_at_num_steps_and_decays_the_parameters():
+    rule = Celo2(
+        learning_rate=0.02, adam_multiplier=5.0, schedule="cosine", weight_decay=0.1
+    )
+    theta = noisy_theta(rule, 7)
+    schedule = optax.cosine_decay_schedule(0.02, 4)
+    expected = train(celo2_adamw(theta, schedule, rule=rule, weight_decay=0.1))
+    got = train(rule.as_optax(theta, num_steps=4))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
+    jax.tree.map(close, got, expected)
+    constant = train(celo2_adamw(theta, 0.02, rule=rule, weight_decay=0.1))
+    jax.tree.map(close, train(rule.as_optax(theta)), constant)
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (4,), (2, 2, 2)])
+def test_meta_training_can_start_from_muon(widths):
+    rule = Celo2(widths=widths, start="momentum")
+    theta = rule.init_theta(jax.random.key(0))
+    shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]
+    plain = dataclasses.replace(rule, start="random")
+    assert shapes(theta) == shapes(plain.init_theta(jax.random.key(0)))
+    tx = scale_by_celo2(theta, rule)
+    params = jnp.zeros((7, 4))
+    state, momentum = tx.init(params), np.zeros((7, 4))
+    for i in range(3):
+        g = jax.random.normal(jax.random.key(i), (7, 4))
+        momentum = 0.9 * momentum + 0.1 * np.asarray(g, np.float64)
+        u, state = tx.update(g, state, params)
+    expected = orthogonalized(momentum)
+    expected = expected / np.sqrt(np.mean(expected**2))
+    np.testing.assert_allclose(u, expected, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_pes_trains_it():
     rule = Celo2(learning_rate=0.01)
@@ -248,6 +281,12 @@ def test_mistakes_are_named():
         ("learning_rate", 0.0),
         ("adam_multiplier", -1.0),
         ("square_decay", 1.0),
+        ("weight_decay", -1.0),
     ):
         with pytest.raises(ValueError, match=f"{field} must lie in"):
             dataclasses.replace(BASE, **{field: value})
+    with pytest.raises(ValueError, match="widths must be at least 2"):
+        Celo2(widths=(8, 1), start="momentum")
+    for field in ("start", "schedule"):
+        with pytest.raises(ValueError, match=f"{field} must be one of"):
+            Celo2(**{field: "x"})

@@ -33,7 +33,8 @@ class Celo2(LearnedOptimizer):
 
     Reconstructions: in tensors of more than two axes every pair of the last two is
     orthogonalised alone, and the size is taken over the whole tensor; meta-training
-    uses `learning_rate` without schedule or decay.
+    uses `learning_rate`. Not in the paper are `start="momentum"` and
+    `schedule="cosine"`, with which meta-training meets the schedule that users run.
 
     Attributes:
         widths: hidden layer sizes.
@@ -44,6 +45,13 @@ class Celo2(LearnedOptimizer):
             of the direction close to each other.
         learning_rate: update size when used without `celo2_adamw`.
         adam_multiplier: learning rate of Adam as a multiple of the network's.
+        weight_decay: decay of the parameters per step, times the learning rate; used
+            without `celo2_adamw`.
+        start: what meta-training starts from: "random" weights, or "momentum", a
+            network whose direction is the average gradient of the first decay, which
+            with `orthogonalize` is Muon (Jordan et al., 2024) without the look-ahead.
+        schedule: "constant", or "cosine" down to 0 at `num_steps`; used without
+            `celo2_adamw`, and constant where `num_steps` is not given.
 
     References:
         Celo2, 2026, https://arxiv.org/abs/2602.19142
@@ -60,6 +68,9 @@ class Celo2(LearnedOptimizer):
     orthogonalize: bool = True
     learning_rate: float = 1e-3
     adam_multiplier: float = 20.0
+    weight_decay: float = 0.0
+    start: str = "random"
+    schedule: str = "constant"
 
     def __post_init__(self):
         validate.integers("widths", self.widths)
@@ -69,24 +80,55 @@ class Celo2(LearnedOptimizer):
         )
         for name in ("learning_rate", "adam_multiplier"):
             validate.number(name, getattr(self, name), low=0.0, open_low=True)
+        validate.number("weight_decay", self.weight_decay, low=0.0)
+        validate.one_of("start", self.start, ("random", "momentum"))
+        if self.start == "momentum" and min(self.widths) < 2:
+            raise ValueError(
+                'widths must be at least 2 where start="momentum", '
+                f"got widths={self.widths}."
+            )
+        validate.one_of("schedule", self.schedule, ("constant", "cosine"))
 
     def init_theta(self, key):
         inputs = velo_features.num_features(len(self.decays))
-        return init_network(key, (inputs, *self.widths, 3))
+        theta = init_network(key, (inputs, *self.widths, 3))
+        return theta if self.start == "random" else _carry_momentum(theta)
 
     def init(self, theta, params, *, num_steps=None, key=None):
-        del num_steps, key
-        return self._transformation(theta).init(_float32(params))
+        del key
+        # A cosine that never ends is constant.
+        end = jnp.inf if num_steps is None else num_steps
+        inner = self._transformation(theta, end).init(_float32(params))
+        return Scheduled(inner, jnp.asarray(end, jnp.float32))
 
     def update(self, theta, grads, state, params, *, value=None, **extra):
         del value, extra
-        updates, state = self._transformation(theta).update(
-            _float32(grads), state, _float32(params)
+        updates, inner = self._transformation(theta, state.num_steps).update(
+            _float32(grads), state.inner, _float32(params)
         )
-        return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params), state
+        updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
+        return updates, Scheduled(inner, state.num_steps)
 
-    def _transformation(self, theta):
-        return celo2_adamw(theta, self.learning_rate, rule=self)
+    def _transformation(self, theta, num_steps):
+        rate = self.learning_rate
+        if self.schedule == "cosine":
+            part = lambda step: jnp.minimum(step / num_steps, 1.0)
+            rate = lambda step: (
+                self.learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * part(step)))
+            )
+        return celo2_adamw(theta, rate, rule=self, weight_decay=self.weight_decay)
+
+
+class Scheduled(NamedTuple):
+    """The state of `Celo2` as it is meta-trained.
+
+    Attributes:
+        inner: state of `celo2_adamw`.
+        num_steps: length of the run in steps, `[]` float32; infinite if not known.
+    """
+
+    inner: optax.OptState
+    num_steps: jax.Array
 
 
 _DEFAULT = Celo2()
@@ -127,7 +169,8 @@ def celo2_adamw(
     Args:
         theta: meta-parameters, as returned by `Celo2.init_theta` or meta-training.
         learning_rate: number or optax schedule.
-        rule: the settings that theta was trained with; its `learning_rate` is not used.
+        rule: the settings that theta was trained with; its `learning_rate`, `schedule`
+            and `weight_decay` are not used.
         weight_decay: decay of the parameters per step, times the learning rate.
         embeddings: pytree of bools like the parameters, true where Adam takes over, or
             a function that makes it from a pytree like them.
@@ -235,6 +278,28 @@ def _update_leaf(rule, theta, g, p, m, v, row, col):
     (mean_square,) = features.mean_squares(lambda u: [u * u], direction)
     direction = direction * jax.lax.rsqrt(mean_square + _EPSILON)
     return direction.astype(dtype), *averages
+
+
+def _carry_momentum(theta):
+    """Lets the first two units of each layer carry the momentum to the direction.
+
+    One carries its positive part and one its negative part, undisturbed; what the other
+    weights do is scaled down, so that it changes the direction little by little.
+    """
+    momentum, scale = 3, 0.3
+    pair = jnp.array([1.0, -1.0])
+    theta = jax.tree.map(lambda x: scale * x, theta)
+    last = len(theta) - 1
+    for i in range(last + 1):
+        w = theta[f"linear_{i}"]["w"]
+        if i == 0:
+            w = w.at[:, :2].set(0.0).at[momentum, :2].set(pair)
+        elif i < last:
+            w = w.at[:, :2].set(0.0).at[:2, :2].set(jnp.eye(2))
+        else:
+            w = w.at[:, 0].set(0.0).at[:2, 0].set(pair)
+        theta[f"linear_{i}"]["w"] = w
+    return theta
 
 
 def _orthogonalize(x):

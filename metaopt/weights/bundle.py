@@ -1,5 +1,6 @@
 """The learned optimizers that come with the package."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ def load(
     *,
     num_steps: int | None = None,
     key: jax.Array | None = None,
+    **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns a pretrained learned optimizer as an optax transformation.
 
@@ -41,10 +43,13 @@ def load(
         name_or_path: a name from `available()`, or a file that `save_weights` wrote.
         num_steps: length of the run in steps; needed by rules that plan ahead.
         key: randomness of stochastic rules; fixed if not given.
+        **settings: fields of the rule that are to differ from those it was trained
+            with, such as `learning_rate` and `weight_decay` of `Celo2`.
 
     Raises:
         ValueError: if there is no such name or file, with the nearest name and all
-            that are available; if the file is damaged; if `num_steps` is needed.
+            that are available; if the file is damaged; if `num_steps` is needed; if
+            the rule has no such field.
 
     >>> import pathlib, tempfile
     >>> import jax.numpy as jnp
@@ -60,6 +65,10 @@ def load(
     [-0.5, -0.5]
     """
     optimizer, theta, _ = load_with_info(name_or_path)
+    fields = [field.name for field in dataclasses.fields(optimizer)]
+    for name in settings:
+        validate.one_of("setting", name, fields)
+    optimizer = dataclasses.replace(optimizer, **settings)
     return optimizer.as_optax(theta, num_steps=num_steps, key=key)
 
 
