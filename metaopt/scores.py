@@ -146,10 +146,10 @@ def bootstrap_interval(
     if not strata or not all(runs.size for runs in strata):
         raise ValueError("scores must hold a run for every task.")
     draw = np.random.default_rng(seed)
-    values = [
-        statistic(np.concatenate([draw.choice(runs, runs.size) for runs in strata]))
-        for _ in range(resamples)
+    drawn = [
+        runs[draw.integers(runs.size, size=(resamples, runs.size))] for runs in strata
     ]
+    values = [statistic(row) for row in np.concatenate(drawn, axis=1)]
     tail = 50 * (1 - confidence)
     low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)

@@ -1,8 +1,10 @@
-"""Plots of the probes as SVG that follows the colours of the page around it."""
+"""Plots as SVG that follows the colours of the page around it."""
 
+import html
 import io
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from metaopt.stability.results import Result
@@ -22,19 +24,40 @@ CYCLE = (
 VARIABLES = {INK: "--ink", FAINT: "--line", PAPER: "--card"} | {
     colour: f"--plot-{i}" for i, colour in enumerate(CYCLE)
 }
-_SIZE = (5.4, 3.3)
+_WIDTH = 5.4
 _LEGEND_ROW = 0.19
 
 
 def svg(result: Result) -> str:
-    """Draws the plot of a probe as one `<svg>` element.
-
-    It names colours by CSS variables, so that one drawing serves a light and a dark
-    page, and prefixes every id by the code of the probe.
+    """Draws the plot of a probe as one `<svg>` element, by `drawing`.
 
     Raises:
         ImportError: with what to install, if there is no matplotlib.
+    """
+    probe = result.probe
+    return drawing(
+        lambda axes: probe.plot(result.measured, result.references, axes),
+        code=probe.code,
+        label=f"Plot of probe {probe.code}",
+    )
 
+
+def drawing(
+    draw: Callable[[Any], None], *, code: str, label: str, height: float = 3.3
+) -> str:
+    """Returns what `draw` plots as one `<svg>` element for a page with `report.css`.
+
+    It names colours by CSS variables, so that one drawing serves a light and a dark
+    page, and prefixes every id by `code`. A legend is put below the axes.
+
+    Args:
+        draw: a function of matplotlib axes.
+        code: a word of its own for every drawing of a page.
+        label: what it shows, for those who do not see it.
+        height: that of the axes in inches; the width is 5.4.
+
+    Raises:
+        ImportError: with what to install, if there is no matplotlib.
     """
     try:
         import matplotlib
@@ -46,21 +69,22 @@ def svg(result: Result) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    code = result.probe.code
     buffer = io.StringIO()
-    with matplotlib.rc_context(_style(matplotlib, code)), warnings.catch_warnings():
+    with matplotlib.rc_context(style(matplotlib, code)), warnings.catch_warnings():
         # A measurement that is not finite makes matplotlib complain, and has a verdict.
         warnings.simplefilter("ignore")
-        figure = Figure(figsize=_SIZE, layout="constrained")
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         canvas = FigureCanvasSVG(figure)
         axes = figure.subplots()
-        result.probe.plot(result.measured, result.references, axes)
+        draw(axes)
         _move_legend(figure, axes)
         canvas.print_svg(buffer, metadata={"Date": None})
-    return _themed(buffer.getvalue(), code, *(72.0 * figure.get_size_inches()))
+    opening = _opening(html.escape(label), *(72.0 * figure.get_size_inches()))
+    return _themed(buffer.getvalue(), code, opening)
 
 
-def _style(matplotlib: Any, salt: str) -> Any:
+def style(matplotlib: Any, salt: str) -> dict[str, Any]:
+    """Returns the settings of matplotlib that `drawing` draws with."""
     return {
         "axes.edgecolor": FAINT,
         "axes.facecolor": "none",
@@ -101,17 +125,18 @@ def _move_legend(figure: Any, axes: Any) -> None:
         1 if max(map(len, labels)) > 36 else 2 if max(map(len, labels)) > 20 else 3
     )
     rows = -(-len(labels) // columns)
-    figure.set_size_inches(_SIZE[0], _SIZE[1] + _LEGEND_ROW * rows)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + _LEGEND_ROW * rows)
     figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, fontsize=9
     )
 
 
-def _themed(text: str, code: str, width: float, height: float) -> str:
+def _themed(text: str, code: str, opening: str) -> str:
     """Cuts the document down to its `<svg>` element and frees it from the file."""
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"^<svg [^>]*>", _opening(code, width, height), text, count=1)
+    text = re.sub(r"^<svg [^>]*>", lambda _: opening, text, count=1)
     text = re.sub(r'\bid="', f'id="{code}-', text)
     text = re.sub(r'xlink:href="#', f'href="#{code}-', text)
     text = text.replace("url(#", f"url(#{code}-").replace("#000000", "var(--ink)")
@@ -120,8 +145,8 @@ def _themed(text: str, code: str, width: float, height: float) -> str:
     return text
 
 
-def _opening(code: str, width: float, height: float) -> str:
+def _opening(label: str, width: float, height: float) -> str:
     return (
-        f'<svg class="plot" role="img" aria-label="Plot of probe {code}" '
+        f'<svg class="plot" role="img" aria-label="{label}" '
         f'viewBox="0 0 {width:.2f} {height:.2f}" xmlns="http://www.w3.org/2000/svg">'
     )
