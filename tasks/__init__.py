@@ -4,6 +4,10 @@ from typing import Any
 
 from metaopt import validate
 from metaopt.task import Task
+from tasks.adversarial import ImageGAN
+from tasks.autoencoders import ImageAutoencoder, ImageVAE
+from tasks.deep_linear import DeepLinear
+from tasks.diffusion import ImageDiffusion
 from tasks.images import ImageConv, ImageMLP
 from tasks.motion import Motion
 from tasks.mup_images import ImageMuMLP
@@ -15,11 +19,16 @@ from tasks.two_moons import TwoMoons
 
 __all__ = [
     "TASKS",
+    "DeepLinear",
+    "ImageAutoencoder",
     "ImageConv",
+    "ImageDiffusion",
+    "ImageGAN",
     "ImageMLP",
     "ImageMuMLP",
     "ImageRecurrent",
     "ImageTransformer",
+    "ImageVAE",
     "Motion",
     "NoisyQuadratic",
     "Objective",
@@ -30,11 +39,16 @@ __all__ = [
 ]
 
 TASKS: dict[str, type[Task]] = {
+    "deep-linear": DeepLinear,
+    "image-autoencoder": ImageAutoencoder,
     "image-conv": ImageConv,
+    "image-diffusion": ImageDiffusion,
+    "image-gan": ImageGAN,
     "image-mlp": ImageMLP,
     "image-mu-mlp": ImageMuMLP,
     "image-recurrent": ImageRecurrent,
     "image-transformer": ImageTransformer,
+    "image-vae": ImageVAE,
     "motion": Motion,
     "noisy-quadratic": NoisyQuadratic,
     "objective": Objective,

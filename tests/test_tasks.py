@@ -16,11 +16,15 @@ from tasks.images import load_images
 from tasks.two_moons import draw_moons
 
 SMALL = {
+    "image-autoencoder": {"widths": (8, 2), "batch_size": 4},
     "image-conv": {"widths": (4,), "batch_size": 4},
+    "image-diffusion": {"width": 4, "depth": 1, "batch_size": 4, "num_levels": 25},
+    "image-gan": {"widths": (4,), "latent": 2, "batch_size": 4},
     "image-mlp": {"batch_size": 4},
     "image-mu-mlp": {"widths": (4, 4), "batch_size": 4},
     "image-recurrent": {"width": 4, "cell": "vanilla", "batch_size": 4},
     "image-transformer": {"width": 4, "depth": 1, "batch_size": 4},
+    "image-vae": {"widths": (8,), "latent": 2, "batch_size": 4},
     "motion": {"links": 3, "knots": 4, "steps": 20},
     "objective": {"functions": ("ackley", "perm"), "dim": 2, "max_dim": 4},
     "two-moons": {"widths": (4,), "batch_size": 4, "samples": 8},
@@ -59,6 +63,13 @@ def test_unknown_name_suggests_the_nearest():
         lambda: tasks.ImageMuMLP(parametrisation="sp"),
         lambda: tasks.ImageRecurrent(cell="gur"),
         lambda: tasks.ImageTransformer(width=5, heads=2),
+        lambda: tasks.ImageTransformer(patch_size=3),
+        lambda: tasks.DeepLinear(singular_values=(1.0, 2.0), dim=1),
+        lambda: tasks.DeepLinear(scale=1.0),
+        lambda: tasks.ImageAutoencoder(widths=()),
+        lambda: tasks.ImageVAE(latent=0),
+        lambda: tasks.ImageGAN(batch_size=1),
+        lambda: tasks.ImageDiffusion(num_levels=20),
     ],
 )
 def test_bad_fields_are_refused(build):

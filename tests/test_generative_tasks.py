@@ -1,0 +1,185 @@
+"""Autoencoders, adversarial networks and diffusion against independent computations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+import tasks
+from metaopt.evaluate import curves
+from metaopt.optimizers import Fixed
+from tasks.adversarial import energy_distance
+from tasks.diffusion import denoise, diffuse, noise_schedule
+
+KEY = jax.random.key(0)
+
+
+def trained(task, *, num_steps, learning_rate):
+    adam = Fixed("adam", (("learning_rate", learning_rate),))
+    return curves(task, adam, (), KEY, num_steps=num_steps, num_seeds=2, split="test")
+
+
+def layer(params, name, x):
+    return x @ np.float64(params[name]["w"]) + np.float64(params[name]["b"])
+
+
+def drawn(task):
+    params = task.init((), KEY)
+    batch = task.batch((), task.load(), jax.random.key(1))
+    return params, batch, np.float64(batch[0]).reshape(task.batch_size, -1)
+
+
+def test_the_deep_autoencoder_of_mnist():
+    task = tasks.ImageAutoencoder("mnist", widths=(1000, 500, 250, 30))
+    params = jax.eval_shape(lambda key: task.init((), key), KEY)
+    assert sum(p.size for p in jax.tree.leaves(params)) == 2_837_314
+
+
+def test_autoencoder_loss_in_numpy():
+    task = tasks.ImageAutoencoder(widths=(16, 4), batch_size=8)
+    params, batch, x = drawn(task)
+    code = layer(
+        params, "encoder/~/linear_1", np.tanh(layer(params, "encoder/~/linear_0", x))
+    )
+    logits = layer(
+        params, "decoder/~/linear_1", np.tanh(layer(params, "decoder/~/linear_0", code))
+    )
+    pixels = scipy.special.expit(logits)
+    entropy = -(x * np.log(pixels) + (1 - x) * np.log(1 - pixels)).mean()
+    loss, metrics = task.loss(params, batch, (), KEY)
+    np.testing.assert_allclose(loss, entropy, rtol=1e-4)
+    error = ((pixels - x) ** 2).sum(1).mean()
+    np.testing.assert_allclose(metrics["squared_error"], error, rtol=1e-4)
+
+
+def test_vae_bound_by_monte_carlo():
+    task = tasks.ImageVAE(widths=(16,), latent=3, batch_size=8)
+    params, batch, x = drawn(task)
+    # A larger posterior spread than the initial one, to make the bound depend on it.
+    params["encoder/~/linear_1"]["w"] *= 3.0
+    losses = jax.jit(jax.vmap(lambda key: task.loss(params, batch, (), key)))
+    ours = np.asarray(losses(jax.random.split(KEY, 4000))[1]["elbo"])
+
+    hidden = np.maximum(layer(params, "encoder/~/linear_0", x), 0)
+    mean, log_variance = np.split(layer(params, "encoder/~/linear_1", hidden), 2, -1)
+    std = np.exp(log_variance / 2)
+    code = mean + std * np.random.default_rng(0).normal(size=(4000, *mean.shape))
+    hidden = np.maximum(layer(params, "decoder/~/linear_0", code), 0)
+    p = scipy.special.expit(layer(params, "decoder/~/linear_1", hidden))
+    log_ratio = (
+        (x * np.log(p) + (1 - x) * np.log1p(-p)).sum(-1)
+        + scipy.stats.norm.logpdf(code).sum(-1)
+        - scipy.stats.norm.logpdf(code, mean, std).sum(-1)
+    )
+    bounds = log_ratio.mean(-1)
+    error = 4 * np.hypot(ours.std(), bounds.std()) / np.sqrt(4000)
+    assert error < 0.2
+    assert abs(ours.mean() - bounds.mean()) < error
+    # The importance-weighted estimate of the evidence lies above its lower bound.
+    evidence = scipy.special.logsumexp(log_ratio, axis=0) - np.log(4000)
+    assert ours.mean() < evidence.mean()
+
+
+def test_energy_distance():
+    x, y, z = (
+        shift + jax.random.normal(jax.random.key(seed), (1000, 2))
+        for seed, shift in ((0, 0.0), (1, 0.0), (2, 1.0))
+    )
+    assert abs(energy_distance(x, y)) < 0.02
+    wanted = scipy.stats.energy_distance(np.asarray(x[:, 0]), np.asarray(z[:, 0])) ** 2
+    ours = energy_distance(x[:, :1], z[:, :1])
+    # SciPy's estimate counts the distance of every sample from itself.
+    np.testing.assert_allclose(ours, wanted, atol=0.01)
+    gradient = jax.grad(energy_distance)(x[:5], y[:5])
+    assert jnp.isfinite(gradient).all()
+
+
+def test_both_players_get_the_gradient_of_their_own_loss():
+    task = tasks.ImageGAN(widths=(4,), latent=2, batch_size=4)
+    params, batch, _ = drawn(task)
+    name = lambda path: path[0].key.partition("/")[0]
+    # Each loss as the other player's constant, by finite differences of the metrics.
+    direction = jax.tree.map(lambda p: jax.random.normal(KEY, p.shape), params)
+    loss = lambda p: task.loss(p, batch, (), KEY)
+    gradient = jax.jit(jax.grad(loss, has_aux=True))(params)[0]
+    losses = jax.jit(lambda p: loss(p)[1])
+
+    def slopes(player, metric):
+        def moved(step):
+            shifted = jax.tree.map_with_path(
+                lambda path, p, d: p + step * d * (name(path) == player),
+                params,
+                direction,
+            )
+            return float(losses(shifted)[metric])
+
+        along = sum(
+            float(jnp.vdot(g, d))
+            for (path, g), d in zip(
+                jax.tree_util.tree_leaves_with_path(gradient),
+                jax.tree.leaves(direction),
+                strict=True,
+            )
+            if name(path) == player
+        )
+        return along, (moved(1e-3) - moved(-1e-3)) / 2e-3
+
+    for player in ("discriminator", "generator"):
+        ours, numeric = slopes(player, f"{player}_loss")
+        assert abs(ours) > 1e-3
+        np.testing.assert_allclose(ours, numeric, rtol=0.02, atol=1e-3)
+    # The generator also changes the discriminator's loss, and must not see that.
+    seen, hidden = slopes("generator", "discriminator_loss")
+    assert abs(seen - hidden) > 1e-2
+
+
+def test_noise_all_at_once_has_the_moments_of_noise_level_by_level():
+    betas = noise_schedule(50)
+    x = np.full(200_000, 0.8)
+    rng = np.random.default_rng(0)
+    for level, beta in enumerate(betas):
+        x = np.sqrt(1 - beta) * x + np.sqrt(beta) * rng.normal(size=x.shape)
+        if level in (0, 20, 49):
+            kept = np.prod(1 - betas[: level + 1])
+            noise = jax.random.normal(jax.random.key(level), x.shape)
+            once = np.asarray(diffuse(jnp.float32(0.8), noise, jnp.float32(kept)))
+            np.testing.assert_allclose(once.mean(), x.mean(), atol=0.01)
+            np.testing.assert_allclose(once.var(), x.var(), rtol=0.02)
+    np.testing.assert_allclose(np.prod(1 - noise_schedule(1000)), 4.04e-5, rtol=0.01)
+
+
+@pytest.mark.parametrize("std", [0.0, 0.5])
+def test_exact_noise_predictor_gives_the_data_back(std):
+    kept = jnp.cumprod(1.0 - jnp.asarray(noise_schedule(400)))
+
+    def expected_noise(x, level):
+        share = kept[level]
+        surplus = x - jnp.sqrt(share) * 0.7
+        return jnp.sqrt(1 - share) * surplus / (share * std**2 + 1 - share)
+
+    start = jax.random.normal(KEY, (20_000,))
+    x = denoise(expected_noise, start, jax.random.key(1), num_levels=400)
+    np.testing.assert_allclose(x.mean(), 0.7, atol=0.01)
+    np.testing.assert_allclose(x.std(), std, atol=0.02)
+
+
+@pytest.mark.slow
+def test_all_learn():
+    kwargs = {"num_steps": 400, "learning_rate": 3e-3}
+    for task, metric, low, high in (
+        (tasks.ImageAutoencoder(), "squared_error", 0.5, 2.0),
+        (tasks.ImageVAE(), "elbo", -26.0, -20.0),
+    ):
+        last = trained(task, **kwargs).eval_metrics[metric][:, -1]
+        assert ((low < last) & (last < high)).all()
+    task = tasks.ImageDiffusion()
+    assert (trained(task, **kwargs).eval_loss[:, -1] < 0.25).all()
+
+
+@pytest.mark.slow
+def test_the_generator_comes_nearer_to_the_digits():
+    result = trained(tasks.ImageGAN(), num_steps=1000, learning_rate=1e-3)
+    distance = result.eval_metrics["energy_distance"]
+    assert (distance[:, -1] < 0.7 * distance[:, 0]).all()
