@@ -40,6 +40,7 @@ from metaopt.interpret.phases import (
     learning_phase,
     phase_change,
 )
+from metaopt.interpret.probes import Probe, ProbeResult, probe_layers
 from metaopt.interpret.record import Record, record
 from metaopt.interpret.update_functions import (
     Adaptation,
@@ -62,6 +63,8 @@ __all__ = [
     "Optimum",
     "Panel",
     "PhaseChange",
+    "Probe",
+    "ProbeResult",
     "Record",
     "ablate_head",
     "adaptation",
@@ -89,6 +92,7 @@ __all__ = [
     "prefix_matching_score",
     "previous_token_score",
     "principal_components",
+    "probe_layers",
     "record",
     "sensitivities",
     "separable_cell",
