@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from experiments.config import MetaTrain, Training
+    from experiments.config import MetaTrain, Outer, Training
+    from metaopt.optimizers.base import LearnedOptimizer
     from tasks.images import ImageTask
 
 
@@ -117,31 +118,80 @@ def _small_images() -> tuple[ImageTask, ...]:
     )
 
 
-def _celo2() -> MetaTrain:
-    from experiments.config import MetaTrain, Outer
+def _on_small_images(optimizer: LearnedOptimizer, outer: Outer, **fields) -> MetaTrain:
+    """Returns PES on the four tasks, with the training loss averaged over a run.
+
+    Args:
+        optimizer: what is meta-trained.
+        outer: the outer optimizer.
+        **fields: "level", "minimum" and "maximum" of `Reparametrised`, and
+            "meta_split" of `TrainTask`.
+    """
+    from experiments.config import MetaTrain
     from metaopt.augment import Reparametrised
     from metaopt.estimators import PES, Mixture
     from metaopt.learner import LogUniform, TrainTask
-    from metaopt.optimizers import Celo2
 
-    optimizer = Celo2(
-        learning_rate=3e-3, adam_multiplier=3.0, start="momentum", schedule="cosine"
-    )
+    split = fields.pop("meta_split", "train")
     learners = [
         TrainTask(
-            # The steps have a fixed size, so that these are learning rates as well.
-            Reparametrised(task, "global", minimum=0.1, maximum=10.0),
+            Reparametrised(task, **fields),
             optimizer,
             horizon=LogUniform(100, 2000),
+            meta_split=split,
             loss_cap=1.5 * math.log(10),
         )
         for task in _small_images()
     ]
     return MetaTrain(
         estimator=Mixture(tuple(PES(x, num_tasks=4, window=50) for x in learners)),
-        outer=Outer("adam", learning_rate=3e-3, warmup=50, weight_decay=1e-3),
+        outer=outer,
         num_steps=5000,
     )
+
+
+def _celo2() -> MetaTrain:
+    from experiments.config import Outer
+    from metaopt.optimizers import Celo2
+
+    optimizer = Celo2(
+        learning_rate=3e-3, adam_multiplier=3.0, start="momentum", schedule="cosine"
+    )
+    # Steps have a fixed size: the scales of the parameters are learning rates as well.
+    outer = Outer("adam", learning_rate=3e-3, warmup=50, weight_decay=1e-3)
+    return _on_small_images(optimizer, outer, level="global", minimum=0.1, maximum=10.0)
+
+
+def _star() -> MetaTrain:
+    from experiments.config import Outer
+    from metaopt.optimizers import STAR
+
+    optimizer = STAR(
+        step_size=3e-4, nominal_step_size=3e-3, magnitude_scale=0.1, nominal_scale=0.1
+    )
+    outer = Outer("adam", learning_rate=3e-3, warmup=50, weight_decay=0.1)
+    return _on_small_images(
+        optimizer, outer, minimum=0.3, maximum=3.0, meta_split="valid"
+    )
+
+
+def _small_fc() -> MetaTrain:
+    from experiments.config import Outer
+    from metaopt.optimizers import SmallFC
+
+    outer = Outer("adam", learning_rate=3e-3, warmup=50, weight_decay=1e-3)
+    return _on_small_images(
+        SmallFC(step_size=0.01), outer, minimum=0.3, maximum=3.0, meta_split="valid"
+    )
+
+
+def _velo_small() -> MetaTrain:
+    from experiments.config import Outer
+    from metaopt.optimizers import VeLO
+
+    # Its steps are relative to the parameters, so any scale is the same problem.
+    outer = Outer("adam", learning_rate=1e-3, warmup=50)
+    return _on_small_images(VeLO(width=32, bank_size=16), outer, level="global")
 
 
 META_TRAIN = {
@@ -160,5 +210,17 @@ META_TRAIN = {
     "celo2": Preset(
         "Celo2, from Muon on, on four classifiers of 8x8 images; hours",
         _celo2,
+    ),
+    "star": Preset(
+        "STAR, on the same four classifiers, for the validation loss; hours",
+        _star,
+    ),
+    "small-fc": Preset(
+        "SmallFC, on the same four classifiers, for the validation loss; hours",
+        _small_fc,
+    ),
+    "velo-small": Preset(
+        "VeLO with an LSTM of 32 units, on the same four classifiers; days",
+        _velo_small,
     ),
 }

@@ -1,0 +1,61 @@
+"""Presets that need a prepared dataset, traced on the embedded one."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.presets import META_TRAIN
+from metaopt.estimators import Mixture
+from metaopt.train import make_trainer, meta_init, meta_step
+
+MIXTURES = ("celo2", "small-fc", "star", "velo-small", "images-pes")
+
+
+def on_digits(name, **fields):
+    """Returns a preset with the last task of its mixture alone, on the digits."""
+    config = META_TRAIN[name].build()
+    component = config.estimator.estimators[-1]
+    rescaled = component.learner.task
+    task = dataclasses.replace(rescaled.task, dataset="digits", image_size=8)
+    rescaled = dataclasses.replace(rescaled, task=task)
+    learner = dataclasses.replace(component.learner, task=rescaled)
+    component = dataclasses.replace(component, learner=learner, **fields)
+    return dataclasses.replace(config, estimator=Mixture((component,)))
+
+
+@pytest.mark.parametrize(
+    "name", ["celo2", *(pytest.param(x, marks=pytest.mark.slow) for x in MIXTURES[1:])]
+)
+def test_a_mixture_takes_a_step_that_keeps_its_state_in_shape(name):
+    config = on_digits(name, num_tasks=2)
+    tx = config.outer.transformation(config.num_steps)
+    estimator, data = config.estimator, config.estimator.load()
+    state = jax.eval_shape(
+        functools.partial(meta_init, estimator, tx), data, jax.random.key(0)
+    )
+    step = functools.partial(meta_step, estimator, tx)
+    after, metrics = jax.eval_shape(step, state, data)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    assert {"meta_loss", "loss_0"} <= set(metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_trains(name):
+    config = on_digits(name, num_tasks=2, window=5)
+    tx = config.outer.transformation(config.num_steps)
+    trainer = make_trainer(config.estimator, tx, config.estimator.load())
+    state = trainer.init(jax.random.key(0))
+    before = jax.device_get(state.theta)
+    for _ in range(3):
+        state, metrics = trainer.step(state)
+    assert np.isfinite(metrics["meta_loss"]) and int(state.skipped) == 0
+    moved = jax.tree.map(
+        lambda a, b: np.any(a != b), before, jax.device_get(state.theta)
+    )
+    assert any(jax.tree.leaves(moved))
