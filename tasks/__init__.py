@@ -9,8 +9,10 @@ from tasks.autoencoders import ImageAutoencoder, ImageVAE
 from tasks.deep_linear import DeepLinear
 from tasks.diffusion import ImageDiffusion
 from tasks.images import ImageConv, ImageMLP
+from tasks.language import LanguageRecurrent, LanguageTransformer
 from tasks.motion import Motion
 from tasks.mup_images import ImageMuMLP
+from tasks.parity import SparseParity
 from tasks.quadratic import NoisyQuadratic, Quadratic
 from tasks.sequence_images import ImageRecurrent, ImageTransformer
 from tasks.sinusoid import Sinusoid
@@ -29,11 +31,14 @@ __all__ = [
     "ImageRecurrent",
     "ImageTransformer",
     "ImageVAE",
+    "LanguageRecurrent",
+    "LanguageTransformer",
     "Motion",
     "NoisyQuadratic",
     "Objective",
     "Quadratic",
     "Sinusoid",
+    "SparseParity",
     "TwoMoons",
     "get",
 ]
@@ -49,11 +54,14 @@ TASKS: dict[str, type[Task]] = {
     "image-recurrent": ImageRecurrent,
     "image-transformer": ImageTransformer,
     "image-vae": ImageVAE,
+    "language-recurrent": LanguageRecurrent,
+    "language-transformer": LanguageTransformer,
     "motion": Motion,
     "noisy-quadratic": NoisyQuadratic,
     "objective": Objective,
     "quadratic": Quadratic,
     "sinusoid": Sinusoid,
+    "sparse-parity": SparseParity,
     "two-moons": TwoMoons,
 }
 
