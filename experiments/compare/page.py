@@ -1,17 +1,14 @@
 """The page of a comparison: no script, no resource from elsewhere, light and dark."""
 
-import html
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-import numpy as np
-
-from experiments.compare.cells import diverged, final
+from experiments.compare.page_tables import mode_title, numbers, standings, text
 from experiments.compare.plots import Painter
-from experiments.compare.protocol import EVALUATIONS, REFERENCE_HORIZONS, Setting
-from experiments.compare.ranking import TUNED, Ranking, Target
-from experiments.compare.screen import case_text, estimate, number, seen, share
+from experiments.compare.protocol import EVALUATIONS, REFERENCE_HORIZONS
+from experiments.compare.ranking import Ranking, Target
+from experiments.compare.screen import case_text
 from metaopt.stability import figures
 
 # What the page has and that of the stability suite has not.
@@ -19,13 +16,15 @@ _STYLE = """
 .pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr));
   gap: 12px 32px; margin-top: 16px; align-items: start; }
 .numbers { margin-top: 14px; }
-.numbers th, .numbers td { white-space: nowrap; padding-right: 18px; }
+.numbers th, .numbers td { white-space: nowrap; padding-right: 14px; }
 .numbers tbody tr:first-child td { font-weight: 650; }
+.numbers .name { position: sticky; left: 0; background: var(--card);
+  overflow-wrap: normal; }
+.numbers small { display: block; color: var(--soft); font-weight: 400; }
 .prose p { margin-top: 8px; max-width: 75ch; }
 @media (max-width: 760px) { .pair { grid-template-columns: minmax(0, 1fr); } }
 """
 _SHOWN_CASES = 20
-Row = Sequence[Any]
 
 
 def page(
@@ -70,14 +69,14 @@ def page(
 </head>
 <body>
 <header>
-<p class="kicker">Comparison of optimizers, {_text(suite)} suite,
+<p class="kicker">Comparison of optimizers, {text(suite)} suite,
 {_count(range(protocol.seeds), "seed")}, {tuning}</p>
 <h1>{title}</h1>
 </header>
 <main>
 {_targets(ranking)}
 {_cases(ranking)}
-{_standings(ranking)}
+{standings(ranking)}
 {_overview(ranking, painter)}
 {sections}
 {_method(ranking, painter)}
@@ -88,30 +87,12 @@ def page(
 """
 
 
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
 def _count(things: Any, noun: str) -> str:
     return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def _badge(kind: str, word: str) -> str:
-    return f'<span class="badge {kind}">{_text(word)}</span>'
-
-
-def _table(columns: Row, rows: Sequence[Row], extra: str = "numbers") -> str:
-    """Returns a table; all columns but the first are right-aligned numbers."""
-    kind = lambda i: ' class="number"' if i else ' class="name"'
-    head = "".join(f'<th scope="col"{kind(i)}>{x}</th>' for i, x in enumerate(columns))
-    lines = "\n".join(
-        "<tr>" + "".join(f"<td{kind(i)}>{x}</td>" for i, x in enumerate(row)) + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll {extra}"><table><thead><tr>{head}</tr></thead>\n<tbody>\n'
-        f"{lines}\n</tbody></table></div>"
-    )
+    return f'<span class="badge {kind}">{text(word)}</span>'
 
 
 def _targets(ranking: Ranking) -> str:
@@ -126,10 +107,10 @@ def _targets(ranking: Ranking) -> str:
         relation = "at most" if target.title.startswith("runs") else "at least"
         return (
             f'<div class="card"><p class="big-number">{show(target.value)}</p>'
-            f'<p class="label">{_text(target.contender)}: {_text(target.title)} '
+            f'<p class="label">{text(target.contender)}: {text(target.title)} '
             f"{_badge(kind, word)}</p>"
             f'<p class="note">Goal {relation} {show(target.goal)}; '
-            f"{_text(target.note)}.</p></div>"
+            f"{text(target.note)}.</p></div>"
         )
 
     cards = "\n".join(map(card, ranking.targets()))
@@ -141,8 +122,8 @@ def _cases(ranking: Ranking) -> str:
     if not any(contender.learned for contender in ranking.contenders.values()):
         return ""
     items = "\n".join(
-        f"<li>{_badge('fail', 'loses')}<span><b>{_text(case.contender)}</b> on "
-        f"{_text(case.task)}, {_text(case_text(case))}.</span></li>"
+        f"<li>{_badge('fail', 'loses')}<span><b>{text(case.contender)}</b> on "
+        f"{text(case.task)}, {text(case_text(case))}.</span></li>"
         for case in cases[:_SHOWN_CASES]
     )
     more = len(cases) - _SHOWN_CASES
@@ -150,64 +131,11 @@ def _cases(ranking: Ranking) -> str:
     body = f'<ul class="findings">\n{items}\n</ul>{note}'
     if not cases:
         body = '<p class="reason">They beat it everywhere.</p>'
-    reference = _text(ranking.reference)
+    reference = text(ranking.reference)
     return f"""<section class="card probe" aria-labelledby="losing">
 <h2 id="losing">Where learned optimizers do not beat {reference}, worst first</h2>
 {body}
 </section>"""
-
-
-def _standings(ranking: Ranking) -> str:
-    reference = _text(ranking.reference)
-    columns = (
-        "optimizer",
-        "score",
-        "speed-up",
-        f"beats {reference}",
-        "on held-out data",
-        "diverged",
-        "time per step",
-        "state",
-        "temporary",
-    )
-    parts = []
-    for mode in ranking.modes:
-        rows = []
-        for line in ranking.standings[mode]:
-            costs = [ranking.cells[t, line.contender].cost for t in ranking.tasks]
-            ratio = ranking.cost_ratio(line.contender)
-            state = [c.state_floats for c in costs if c]
-            memory = [c.temporary_bytes for c in costs if c and c.temporary_bytes]
-            rows.append(
-                (
-                    _text(line.contender),
-                    estimate(line.score),
-                    estimate(line.speed_up),
-                    share(line.wins, line.tasks),
-                    share(line.held_out_wins, line.tasks),
-                    f"{line.diverged}/{line.runs}",
-                    "-" if ratio is None else f"{ratio:.2f}x",
-                    f"{np.median(state):.2f}" if state else "-",
-                    f"{np.median(memory) / 1024:.0f} KiB" if memory else "-",
-                )
-            )
-        parts.append(f"<h3>{_mode(ranking, mode)}</h3>\n{_table(columns, rows)}")
-    body = "\n".join(f'<div class="numbers">{part}</div>' for part in parts)
-    return f"""<section class="card probe" aria-labelledby="standings">
-<h2 id="standings">Over all tasks</h2>
-<p class="question">Interquartile means over tasks and seeds with 95% bootstrap
-intervals, best first. Time is relative to {reference}; state is in floats per
-parameter.</p>
-{body}
-</section>"""
-
-
-def _mode(ranking: Ranking, mode: str) -> str:
-    return (
-        f"Tuned, {ranking.protocol.trials} trials each"
-        if mode == TUNED
-        else ("Without tuning: default learning rate, no schedule")
-    )
 
 
 def _figure(draw: Any, code: str, label: str, **options: Any) -> str:
@@ -225,11 +153,11 @@ def _overview(ranking: Ranking, painter: Painter) -> str:
         )
     )
     dots = _figure(painter.speed_ups, "speed", "Speed-up by task", height=height)
-    mode = _mode(ranking, ranking.modes[0]).lower()
+    mode = mode_title(ranking, ranking.modes[0]).lower()
     return f"""<section class="card probe" aria-labelledby="profiles">
 <h2 id="profiles">Profiles and speed-ups</h2>
 <p class="question">The share of runs that reach a score, and a speed-up; higher is
-better. Below, the speed-up of every seed. {_text(mode).capitalize()}.</p>
+better. Below, the speed-up of every seed. {text(mode).capitalize()}.</p>
 <div class="pair">{profiles}</div>
 <div class="body single">{dots}</div>
 </section>"""
@@ -253,59 +181,17 @@ def _task(ranking: Ranking, painter: Painter, task: str, i: int) -> str:
         else ""
     )
     return f"""<section class="card probe" aria-labelledby="task{i}">
-<h2 id="task{i}">{_text(task)}</h2>
+<h2 id="task{i}">{text(task)}</h2>
 <p class="question">{steps} steps. Curves: median and range of the seeds, learning rate
 as tuned. Sensitivity: mean over the seeds of tuning, the best marked.</p>
 <div class="pair">{curves}
 {sensitivity}</div>
-{_numbers(ranking, task, names)}
+{numbers(ranking, task, names)}
 </section>"""
 
 
-def _numbers(ranking: Ranking, task: str, names: Sequence[str]) -> str:
-    """Returns the table of one task: the end of the runs, best first."""
-    mode = ranking.modes[0]
-    metrics: dict[str, None] = {}
-    for name in names:
-        for curve in ranking.cells[task, name].untuned[:1]:
-            metrics |= dict.fromkeys(curve.metrics)
-    columns = ["optimizer", "training loss", "test loss"]
-    columns += [_text(f"test {name}") for name in metrics]
-    columns += ["speed-up", "setting", "untuned training loss", "diverged", ""]
-    rows = []
-    for name in names:
-        cell = ranking.cells[task, name]
-        if cell.error:
-            rows.append([_text(name), "failed"] + ["-"] * (len(columns) - 3))
-            rows[-1].append(_text(cell.error))
-            continue
-        curves = cell.tuned or cell.untuned
-        mean = lambda values: number(float(np.mean(values)))
-        speeds = ranking.speed_ups(task, name, mode)
-        setting = cell.best or ranking.contenders[name].rule.span().untuned()
-        rows.append(
-            [
-                _text(name),
-                number(ranking.loss(task, name, mode, "train")),
-                number(ranking.loss(task, name, mode, "held_out")),
-                *(mean([final(c.metrics[m]) for c in curves]) for m in metrics),
-                "-" if speeds is None else mean(speeds),
-                _setting(setting) + (" (end of the grid)" if cell.at_edge() else ""),
-                number(float(np.mean(ranking.losses(task, name, "untuned", "train")))),
-                f"{sum(map(diverged, [*cell.tuned, *cell.untuned]))}",
-                _badge("warn", seen(cell.seen)) if cell.seen else "",
-            ]
-        )
-    return _table(columns, rows)
-
-
-def _setting(setting: Setting) -> str:
-    decay = f", decay {setting.weight_decay:g}" if setting.weight_decay else ""
-    return f"{setting.learning_rate:.3g}, {setting.schedule}{decay}"
-
-
 def _method(ranking: Ranking, painter: Painter) -> str:
-    protocol, reference = ranking.protocol, _text(ranking.reference)
+    protocol, reference = ranking.protocol, text(ranking.reference)
     horizons = ", ".join(f"{x:g}" for x in REFERENCE_HORIZONS)
     kind = "training" if protocol.criterion == "train" else "validation"
     shown = (
@@ -318,7 +204,7 @@ def _method(ranking: Ranking, painter: Painter) -> str:
 <p>Every optimizer tries {protocol.trials} settings per task: learning rates evenly
 spaced in their log from a tenth to a hundred times its default, or for learned
 optimizers multipliers of their updates from 0.1 to 10, with the schedules
-{_text(", ".join(protocol.schedules))}. The one with the lowest {kind} loss at the end,
+{text(", ".join(protocol.schedules))}. The one with the lowest {kind} loss at the end,
 mean of {protocol.tuning_seeds} seeds, is run on {protocol.seeds} other seeds. All
 optimizers see the same problems, initial parameters and batches.</p>
 <p>Losses are those of 8 fixed batches, {EVALUATIONS} times per run; the end of a run is
@@ -339,12 +225,12 @@ def _footer(
     versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
     devices = ", ".join(dict.fromkeys(facts["devices"]))
     skipped = "".join(
-        f'\n<p class="note">Left out: {_text(name)}. {_text(why)}</p>'
+        f'\n<p class="note">Left out: {text(name)}. {text(why)}</p>'
         for name, why in left_out
     )
     return f"""<footer>
 <div class="card"><h2>Reproduce</h2>
-<pre>{_text(command)}</pre>
-<p class="note">{_text(versions)}; revision {_text(facts["git"])}; {_text(devices)}</p>
+<pre>{text(command)}</pre>
+<p class="note">{text(versions)}; revision {text(facts["git"])}; {text(devices)}</p>
 <p class="note">The same numbers stand in report.json.</p>{skipped}</div>
 </footer>"""

@@ -253,22 +253,17 @@ class Ranking:
         met = None if value is None else value >= 1.5
         text = f"interquartile mean over {over}"
         made.append(Target(name, "speed-up", value, 1.5, met, text))
+        lines = [s for x in self.standings.values() for s in x if s.contender == name]
+        lost, runs = (sum(getattr(x, n) for x in lines) for n in ("diverged", "runs"))
+        text = f"of {runs} runs on all tasks"
+        made.append(Target(name, "runs diverged", float(lost), 0.0, not lost, text))
         if self.protocol.long:
-            runs = [x for t in self.tasks for x in self.cells[t, name].long]
-            lost = float(sum(map(diverged, runs)))
+            long = [x for t in self.tasks for x in self.cells[t, name].long]
             title = f"runs diverged at {self.protocol.long} times its horizon"
-            text = f"of {len(runs)} runs"
-            known = bool(runs)
-            made.append(
-                Target(
-                    name,
-                    title,
-                    lost if known else None,
-                    0.0,
-                    lost == 0 if known else None,
-                    text,
-                )
-            )
+            lost = float(sum(map(diverged, long))) if long else None
+            met = None if lost is None else lost == 0
+            text = f"of {len(long)} untuned runs"
+            made.append(Target(name, title, lost, 0.0, met, text))
         return made
 
     def cost_ratio(self, contender: str) -> float | None:

@@ -219,8 +219,15 @@ def _start(task, rule, shared, lane) -> _Run:
     instance = task.sample(keys[0])
     params = task.init(instance, keys[1])
     opt_state = rule.bind(weights, tuned, num_steps, keys[2]).init(params)
+    opt_state = jax.tree.map(_strong, opt_state)
     shown = _Shown(instance, rule.eval_params(opt_state, params), keys[4])
     return _Run(tuned, num_steps, params, opt_state, jnp.int32(0), keys[2:4], shown)
+
+
+def _strong(x):
+    """Gives up a weak type, so that all stretches begin with one kind of state."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.astype(x.dtype)
 
 
 def _train(task, rule, stretch, shared, run) -> _Run:

@@ -1,5 +1,6 @@
 """A comparison on the terminal: its progress, and its tables."""
 
+import math
 import time
 from typing import Any
 
@@ -24,29 +25,29 @@ def number(value: float | None) -> str:
     """
     if value is None:
         return "-"
-    return "diverged" if value == float("inf") else f"{value:.3g}"
+    return f"{value:.3g}" if math.isfinite(value) else "diverged"
 
 
 def estimate(found: Estimate | None) -> str:
-    """Returns a value with its interval.
+    """Returns a value above its interval.
 
-    >>> estimate(Estimate(1.5, 1.25, 2.0))
-    '1.50 [1.25, 2.00]'
+    >>> estimate(Estimate(1.5, 1.25, 2.0)).split()
+    ['1.50', '1.25-2.00']
     """
     if found is None:
         return "-"
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    return f"{found.value:.2f}\n{found.low:.2f}-{found.high:.2f}"
 
 
 def share(value: float | None, tasks: int) -> str:
-    """Returns a share of tasks as a count and a percentage.
+    """Returns a share of tasks as a count.
 
     >>> share(0.75, 4)
-    '3/4 (75%)'
+    '3/4'
     """
     if value is None:
         return "-"
-    return f"{round(value * tasks)}/{tasks} ({value:.0%})"
+    return f"{round(value * tasks)}/{tasks}"
 
 
 def seen(mark: str) -> str:
@@ -171,10 +172,13 @@ def _cases(ranking: Ranking, cases: list[Case]) -> Table:
 def _standings(ranking: Ranking, mode: str) -> Table:
     trials = ranking.protocol.trials
     how = f"tuned, {trials} trials each" if mode == TUNED else "no tuning"
-    table = Table(title=f"Over all tasks, {how}: interquartile means and 95% intervals")
+    table = Table(
+        title=f"Over all tasks, {how}: interquartile means and 95% intervals",
+        show_lines=True,
+    )
     table.add_column("optimizer", no_wrap=True)
     reference = escape(ranking.reference)
-    columns = ("score", "speed-up", f"beats {reference}", "on held-out data")
+    columns = ("score", "speed-up", f"beats {reference}", "held-out")
     for column in (*columns, "diverged", "time", "state"):
         table.add_column(column, justify="right")
     for line in ranking.standings[mode]:
@@ -189,7 +193,8 @@ def _standings(ranking: Ranking, mode: str) -> Table:
             number(_state(ranking, line.contender)),
         )
     table.caption = (
-        f"time: per step, over that of {reference}; state: floats per parameter"
+        f"held-out: beats it on held-out data; time: per step, over that of "
+        f"{reference}; state: floats per parameter"
     )
     return table
 
