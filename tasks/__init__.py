@@ -13,6 +13,7 @@ from tasks.language import LanguageRecurrent, LanguageTransformer
 from tasks.motion import Motion
 from tasks.mup_images import ImageMuMLP
 from tasks.parity import SparseParity
+from tasks.physics_informed import PhysicsInformed
 from tasks.quadratic import NoisyQuadratic, Quadratic
 from tasks.sequence_images import ImageRecurrent, ImageTransformer
 from tasks.sinusoid import Sinusoid
@@ -36,6 +37,7 @@ __all__ = [
     "Motion",
     "NoisyQuadratic",
     "Objective",
+    "PhysicsInformed",
     "Quadratic",
     "Sinusoid",
     "SparseParity",
@@ -59,6 +61,7 @@ TASKS: dict[str, type[Task]] = {
     "motion": Motion,
     "noisy-quadratic": NoisyQuadratic,
     "objective": Objective,
+    "physics-informed": PhysicsInformed,
     "quadratic": Quadratic,
     "sinusoid": Sinusoid,
     "sparse-parity": SparseParity,

@@ -29,6 +29,7 @@ SMALL = {
     "language-transformer": {"width": 4, "depth": 1, "length": 5, "batch_size": 4},
     "motion": {"links": 3, "knots": 4, "steps": 20},
     "objective": {"functions": ("ackley", "perm"), "dim": 2, "max_dim": 4},
+    "physics-informed": {"widths": (4,), "batch_size": 4},
     "two-moons": {"widths": (4,), "batch_size": 4, "samples": 8},
     "sinusoid": {"widths": (4,), "batch_size": 4},
 }
@@ -71,6 +72,7 @@ def test_unknown_name_suggests_the_nearest():
         lambda: tasks.ImageAutoencoder(widths=()),
         lambda: tasks.ImageVAE(latent=0),
         lambda: tasks.LanguageRecurrent(corpus="markof"),
+        lambda: tasks.PhysicsInformed(activation="relu"),
         lambda: tasks.LanguageTransformer(length=20_000),
         lambda: tasks.ImageGAN(batch_size=1),
         lambda: tasks.ImageDiffusion(num_levels=20),
