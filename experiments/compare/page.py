@@ -21,6 +21,7 @@ _STYLE = """
 .numbers .name { position: sticky; left: 0; background: var(--card);
   overflow-wrap: normal; }
 .numbers small { display: block; color: var(--soft); font-weight: 400; }
+.note, .findings span { overflow-wrap: anywhere; }
 .prose p { margin-top: 8px; max-width: 75ch; }
 @media (max-width: 760px) { .pair { grid-template-columns: minmax(0, 1fr); } }
 """
