@@ -7,6 +7,7 @@ import optax
 
 from metaopt import validate
 from metaopt.estimators import (
+    Curriculum,
     FullUnroll,
     GradientEstimator,
     Mixture,
@@ -191,6 +192,8 @@ def parts(estimator: GradientEstimator) -> tuple[OverTasks, ...]:
     """Returns the estimators of a mixture, or the one there is."""
     if isinstance(estimator, Mixture):
         return tuple(p for e in estimator.estimators for p in parts(e))
+    if isinstance(estimator, Curriculum):
+        return parts(estimator.estimator)
     validate.instance("estimator", estimator, OverTasks, "PES(learner)")
     assert isinstance(estimator, OverTasks)
     return (estimator,)

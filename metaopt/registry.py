@@ -29,6 +29,7 @@ OPTIMIZERS: dict[str, type[LearnedOptimizer]] = {
 }
 
 ESTIMATORS: dict[str, type] = {
+    "Curriculum": estimators.Curriculum,
     "FullES": estimators.FullES,
     "FullUnroll": estimators.FullUnroll,
     "Mixture": estimators.Mixture,
@@ -49,6 +50,7 @@ FEW_SHOT: dict[str, type] = {
     "ANIL": fewshot.ANIL,
     "FastWeights": fewshot.FastWeights,
     "FirstOrderMAML": fewshot.FirstOrderMAML,
+    "Growth": fewshot.Growth,
     "ImplicitMAML": fewshot.ImplicitMAML,
     "InContext": fewshot.InContext,
     "Interleaved": fewshot.Interleaved,

@@ -22,6 +22,7 @@ class Linear(Regression):
     Attributes:
         dim: input dimension; squared errors are divided by it.
         weight_std: standard deviation of the weights.
+        weight_mean: mean of the weights.
         input_range: inputs are uniform in plus or minus this; None for normal ones.
 
     >>> family = Linear(num_examples=4, num_queries=2, dim=3)
@@ -33,12 +34,14 @@ class Linear(Regression):
 
     dim: int = 20
     weight_std: float = 1.0
+    weight_mean: float = 0.0
     input_range: float | None = None
 
     def __post_init__(self):
         validate.integer("dim", self.dim)
         super().__post_init__()
         validate.number("weight_std", self.weight_std, low=0.0)
+        validate.number("weight_mean", self.weight_mean)
         if self.input_range is not None:
             validate.number("input_range", self.input_range, low=0.0, open_low=True)
 
@@ -51,7 +54,8 @@ class Linear(Regression):
         return float(self.dim)
 
     def draw(self, key):
-        return self.weight_std * jax.random.normal(key, (self.dim,))
+        noise = jax.random.normal(key, (self.dim,))
+        return self.weight_mean + self.weight_std * noise
 
     def inputs(self, function, key, count):
         shape = (count, self.dim)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt import validate
-from metaopt.fewshot import Episode, FunctionFamily
+from metaopt.fewshot import Episode, FunctionFamily, Growth, Staged
 from tasks.prompts import Prompt
 
 
@@ -33,10 +33,14 @@ class Regression(FunctionFamily):
         noise: standard deviation of the noise on all targets, answers included.
         prompt: how the inputs differ from those of the family, for tests outside of
             the training distribution; None for no difference.
+        dims: how many coordinates of the inputs are not zero in the course of
+            meta-training, under the estimator `Curriculum`; None for all of them from
+            the beginning.
     """
 
     noise: float = 0.0
     prompt: Prompt | None = None
+    dims: Growth | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -44,6 +48,12 @@ class Regression(FunctionFamily):
         if self.prompt is not None:
             validate.instance("prompt", self.prompt, Prompt, "Scaled(inputs=2.0)")
             self.prompt.check(self.num_features, self.num_examples)
+        if self.dims is not None:
+            validate.instance("dims", self.dims, Growth, "Growth(5, 1, 2000)")
+
+    @property
+    def grows(self):
+        return self.dims is not None
 
     @abc.abstractmethod
     def draw(self, key: jax.Array) -> chex.ArrayTree:
@@ -69,6 +79,9 @@ class Regression(FunctionFamily):
         function, n = instance.function, self.num_examples
         x = self.inputs(function, x_key, n)
         x_query = self.inputs(function, query_key, self.num_queries)
+        if self.dims is not None and isinstance(data, Staged):
+            there = jnp.arange(self.num_features) < self.dims.at(data.step)
+            x, x_query = jnp.where(there, x, 0.0), jnp.where(there, x_query, 0.0)
         if self.prompt is not None:
             x, x_query = self.prompt.inputs(instance.prompt, x, x_query)
         y = self.value(function, jnp.concatenate([x, x_query]))

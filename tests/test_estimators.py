@@ -9,6 +9,7 @@ import pytest
 from metaopt.estimators import (
     NRES,
     PES,
+    Curriculum,
     FullES,
     FullUnroll,
     Mixture,
@@ -16,15 +17,23 @@ from metaopt.estimators import (
     TruncatedES,
 )
 from metaopt.estimators.base import mean_over_tasks
+from metaopt.fewshot import Growth, InContext, Transformer
 from metaopt.learner import LogUniform, TrainTask
 from metaopt.optimizers import Hyper
 from metaopt.registry import ESTIMATORS
 from metaopt.testing import Quadratic, check_estimator
+from tasks.function_families import family
 from tests import toys
 
 HORIZON, WINDOW = 12, 4
 RULE = Hyper("sgd", log=(("learning_rate", 0.1),), one_minus_log=(("momentum", 0.5),))
 LEARNER = TrainTask(toys.FixedQuadratic(), RULE, horizon=HORIZON)
+GROWING = InContext(
+    family("linear", num_examples=3, dim=2),
+    Transformer(layers=1, heads=1, width=4),
+    batch_size=2,
+    points=Growth(2, 1, 1),
+)
 RANDOM = TrainTask(Quadratic(3), RULE, horizon=LogUniform(8, 24))
 
 CONFORMING = [
@@ -36,6 +45,7 @@ CONFORMING = [
     PES(RANDOM, 4, window=4),
     NRES(RANDOM, 4, window=4, window_loss="final"),
     Mixture((PES(RANDOM, 4, window=4), FullES(RANDOM, 2)), weights=(2.0, 1.0)),
+    Curriculum(FullUnroll(GROWING, 4)),
 ]
 
 

@@ -24,6 +24,7 @@ from metaopt.fewshot.episodes import (
     prediction_error,
     split_episode,
 )
+from metaopt.fewshot.growth import Growth, Staged
 from metaopt.fewshot.implicit_maml import ImplicitMAML
 from metaopt.fewshot.in_context import InContext, Points
 from metaopt.fewshot.layouts import Interleaved, Layout, Paired, Shifted
@@ -56,6 +57,7 @@ __all__ = [
     "GradientBoosting",
     "GradientDescent",
     "GreedyTree",
+    "Growth",
     "ImplicitMAML",
     "InContext",
     "Interleaved",
@@ -76,6 +78,7 @@ __all__ = [
     "Ridge",
     "SequenceModel",
     "Shifted",
+    "Staged",
     "TrainFromScratch",
     "Transformer",
     "as_task",

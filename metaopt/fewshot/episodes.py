@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt import validate
+from metaopt.fewshot.growth import Staged
 from metaopt.fewshot.model import Model
 from metaopt.task import Task
 
@@ -76,6 +77,11 @@ class FunctionFamily(abc.ABC):
         """What squared errors are divided by: those of the zero function, usually."""
         return 1.0
 
+    @property
+    def grows(self) -> bool:
+        """Whether episodes depend on the outer step; `data` may then be `Staged`."""
+        return False
+
     def load(self) -> chex.ArrayTree:
         """Returns the arrays every function shares; runs once, on the host."""
         return ()
@@ -101,6 +107,8 @@ def draw_episode(
 ) -> Episode:
     """Draws a function and an episode of it."""
     function_key, episode_key = jax.random.split(key)
+    if isinstance(data, Staged) and not family.grows:
+        data = data.data
     return family.episode(family.sample(function_key), data, episode_key)
 
 

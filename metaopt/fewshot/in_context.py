@@ -10,6 +10,7 @@ import optax
 
 from metaopt import validate
 from metaopt.fewshot.episodes import FunctionFamily, draw_episode
+from metaopt.fewshot.growth import Growth, Staged
 from metaopt.fewshot.layouts import Interleaved, Layout
 from metaopt.fewshot.predictors import Predictor
 from metaopt.fewshot.sequence_model import SequenceModel
@@ -28,6 +29,18 @@ class Points(NamedTuple):
     y: jax.Array
 
 
+class Shown(NamedTuple):
+    """Points of which the last ones do not count.
+
+    Attributes:
+        points: all of them.
+        number: how many of them count, `[]` int32.
+    """
+
+    points: Points
+    number: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class InContext:
     """The learner of a sequence model: an episode of one step is a batch of prompts.
@@ -42,6 +55,8 @@ class InContext:
         model: reads the tokens.
         layout: writes points as tokens.
         batch_size: prompts of a step.
+        points: how many points of a prompt count in the course of meta-training, under
+            the estimator `Curriculum`; None for all of them from the beginning.
 
     References:
         Garg et al., 2022, https://arxiv.org/abs/2208.01066; Akyurek et al., 2023,
@@ -53,12 +68,20 @@ class InContext:
     model: SequenceModel
     layout: Layout = dataclasses.field(default_factory=Interleaved)
     batch_size: int = 64
+    points: Growth | None = None
 
     def __post_init__(self):
         validate.instance("family", self.family, FunctionFamily, "Linear()")
         validate.instance("model", self.model, SequenceModel, "Transformer()")
         validate.instance("layout", self.layout, Layout, "Interleaved()")
         validate.integer("batch_size", self.batch_size)
+        if self.points is not None:
+            validate.instance("points", self.points, Growth, "Growth(11, 2, 2000)")
+            if not self.layout.causal:
+                raise ValueError(
+                    "points can grow only where every point is predicted, got the "
+                    f"layout {self.layout!r}."
+                )
 
     @property
     def horizon(self) -> int:
@@ -90,6 +113,10 @@ class InContext:
         width = self.layout.width(self.family.num_features, self.outputs)
         return self.model.init(key, jnp.zeros((length, width)), self.outputs)
 
+    def stage(self, data: chex.ArrayTree, step: jax.Array) -> Staged:
+        """Returns the data as of an outer step; see `Curriculum`."""
+        return Staged(data, step)
+
     def reset(self, theta, data, key, *, length):
         """Draws the prompts; see `Learner`."""
         del theta, length
@@ -101,11 +128,22 @@ class InContext:
             y = jnp.concatenate([episode.y, episode.y_query])
             return Points(x, y.reshape(len(y), -1))
 
-        return jax.vmap(prompt)(jax.random.split(key, self.batch_size))
+        points = jax.vmap(prompt)(jax.random.split(key, self.batch_size))
+        if self.points is None:
+            return points
+        number = jnp.int32(self.num_points)
+        if isinstance(data, Staged):
+            number = jnp.minimum(number, self.points.at(data.step))
+        return Shown(points, number)
 
     def step(self, theta, state, data, key):
         """Predicts; see `Learner`."""
         del data, key
+        if isinstance(state, Shown):
+            losses = self.losses(theta, state.points)
+            index = jnp.arange(self.num_points)[-losses.shape[1] :]
+            loss = jnp.mean(losses, where=index < state.number)
+            return state, StepOut(loss, jnp.float32(1.0))
         loss = jnp.mean(self.losses(theta, state))
         return state, StepOut(loss, jnp.float32(1.0))
 
