@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from metaopt import validate
 from metaopt.task import Task
@@ -15,7 +16,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 def time_to_reach(
-    strength: jax.Array, target: jax.Array, start: jax.Array, *, layers: int
+    strength: ArrayLike, target: ArrayLike, start: ArrayLike, *, layers: int
 ) -> jax.Array:
     """Returns when gradient flow has brought a mode from `start` to `strength`.
 
@@ -47,7 +48,7 @@ def time_to_reach(
 
 
 def mode_strength(
-    time: jax.Array, target: jax.Array, start: jax.Array, *, layers: int
+    time: ArrayLike, target: ArrayLike, start: ArrayLike, *, layers: int
 ) -> jax.Array:
     """Returns the strength of a mode after `time`, the inverse of `time_to_reach`.
 
@@ -194,7 +195,7 @@ class DeepLinear(Task):
         learned = self._product(params)
         return jnp.sum(teacher.left * (learned @ teacher.right), axis=0)
 
-    def expected_loss(self, time: jax.Array) -> jax.Array:
+    def expected_loss(self, time: ArrayLike) -> jax.Array:
         """Returns the loss of gradient flow from "aligned" weights, like `time`."""
         values = jnp.asarray(self.singular_values)
         time = jnp.asarray(time)[..., None]

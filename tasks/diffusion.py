@@ -128,6 +128,10 @@ class ImageDiffusion(ImageTask):
 
         return hk.transform(error)
 
+    @functools.cached_property
+    def _predictor(self):
+        return hk.without_apply_rng(hk.transform(self._predict_noise))
+
     def _predict_noise(self, x: jax.Array, level: jax.Array) -> jax.Array:
         """From noisy images `[N, pixels]` and levels `[N]` to the noise in them."""
         # Periods from 2 pi levels to 2 pi times the number of levels.
@@ -144,11 +148,10 @@ class ImageDiffusion(ImageTask):
         self, params: chex.ArrayTree, key: jax.Array, *, num_images: int
     ) -> jax.Array:
         """Draws images from the model, `[num_images, H, W, C]`, about 0 to 1."""
-        net = hk.without_apply_rng(hk.transform(self._predict_noise))
         start_key, steps_key = jax.random.split(key)
         start = jax.random.normal(start_key, (num_images, int(np.prod(self.shape))))
         x = denoise(
-            lambda x, level: net.apply(params, x, jnp.full(len(x), level)),
+            lambda x, level: self._predictor.apply(params, x, jnp.full(len(x), level)),
             start,
             steps_key,
             num_levels=self.num_levels,
