@@ -3,7 +3,7 @@
 import pathlib
 import traceback
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,19 +148,22 @@ class Bench:
         )
         runner: list[Runner] = []
 
-        def compute(what: str, lanes: Iterable[Lane]) -> None:
-            missing = [x for x in dict.fromkeys(lanes) if store.get(x) is None]
+        def curves_of(what: str, groups: Mapping[Any, list[Lane]]) -> Any:
+            lanes = dict.fromkeys(lane for group in groups.values() for lane in group)
+            missing = [lane for lane in lanes if store.get(lane) is None]
             if missing and not runner:
                 runner.append(self._runner(contender, stretch))
             if missing:
                 _run(runner[0], store, missing, stretch, what, progress)
+            return {
+                k: tuple(store.get(x) for x in group) for k, group in groups.items()
+            }
 
         settings = protocol.grid(contender.rule.span())
-        tries = {s: self._tuning(s) for s in settings}
-        compute("tuning", [lane for lanes in tries.values() for lane in lanes])
+        tries = curves_of("tuning", {s: self._tuning(s) for s in settings})
         trials = tuple(
-            Trial(s, tuple(final_loss(store.get(x), protocol.criterion) for x in lanes))
-            for s, lanes in tries.items()
+            Trial(s, tuple(final_loss(x, protocol.criterion) for x in tries[s]))
+            for s in settings
         )
         best = min(trials, key=Trial.score).setting if trials else None
         untuned = contender.rule.span().untuned()
@@ -171,11 +174,7 @@ class Bench:
         many = protocol.long * (contender.trained_for or 0)
         many = -(-many // stretch) * stretch if self._entry.long else 0
         lanes["long"] = self._reported(untuned, many) if many else []
-        compute("reported runs", [lane for group in lanes.values() for lane in group])
-        curves = {
-            name: tuple(store.get(lane) for lane in group)
-            for name, group in lanes.items()
-        }
+        curves = curves_of("reported runs", lanes)
         return about._replace(
             trials=trials,
             best=best,

@@ -80,15 +80,16 @@ def find(name: str) -> Contender:
         optimizer, theta, info = load_with_info(name)
     except (OSError, TypeError, ValueError) as error:
         raise UsageError(f"{name}: {error}") from error
-    celo2 = isinstance(optimizer, Celo2)
-    rule: Rule = Celo2Rule(optimizer) if celo2 else LearnedRule(optimizer)
+    rule: Rule = LearnedRule(optimizer)
+    if isinstance(optimizer, Celo2):
+        rule = Celo2Rule(optimizer)
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(theta):
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    identity = {"rule": to_config(optimizer), "theta": digest.hexdigest()}
+    learned = {"rule": to_config(optimizer), "theta": digest.hexdigest()}
     label = _label(path) if path.is_file() else name
     trained = tuple(dict.fromkeys(_tasks_of(info)))
-    return Contender(label, rule, theta, identity, trained, trained_for(info))
+    return Contender(label, rule, theta, learned, trained, trained_for(info))
 
 
 def find_all(names: list[str]) -> list[Contender]:

@@ -1,5 +1,6 @@
 """The plots of a comparison; each draws into the axes that it is given."""
 
+import functools
 import io
 import pathlib
 import warnings
@@ -16,7 +17,8 @@ from metaopt.stability.figures import CYCLE, INK, style
 
 # More lines than these nobody can tell apart.
 MOST = 9
-_DASHES = ("-", "--", ":", "-.")
+
+Draw = Callable[[Any], None]
 
 
 class Painter:
@@ -162,20 +164,19 @@ def write_pngs(
     painter: Painter, ranking: Ranking, folder: pathlib.Path
 ) -> list[pathlib.Path]:
     """Writes curves, sensitivity, profile and speed-ups; returns their paths."""
+    bind = functools.partial
     tasks = ranking.tasks
-    grids: dict[str, list[tuple[str, Callable[[Any], None]]]] = {
-        "curves": [(t, lambda axes, t=t: painter.curves(axes, t)) for t in tasks],
+    grids: dict[str, list[tuple[str, Draw]]] = {
+        "curves": [(task, bind(painter.curves, task=task)) for task in tasks],
         "profile": [
-            ("score", lambda axes: painter.profile(axes, "scores")),
-            ("speed-up", lambda axes: painter.profile(axes, "speed_ups")),
+            ("score", bind(painter.profile, what="scores")),
+            ("speed-up", bind(painter.profile, what="speed_ups")),
         ],
-        "speed-up": [
-            (f"steps {ranking.reference} needs to match", painter.speed_ups),
-        ],
+        "speed-up": [(f"against {ranking.reference}", painter.speed_ups)],
     }
     if ranking.protocol.trials:
         grids["sensitivity"] = [
-            (t, lambda axes, t=t: painter.sensitivity(axes, t)) for t in tasks
+            (task, bind(painter.sensitivity, task=task)) for task in tasks
         ]
     paths = []
     for name, drawings in grids.items():
@@ -184,9 +185,7 @@ def write_pngs(
     return paths
 
 
-def _write_png(
-    path: pathlib.Path, drawings: list[tuple[str, Callable[[Any], None]]]
-) -> None:
+def _write_png(path: pathlib.Path, drawings: list[tuple[str, Draw]]) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -18,8 +18,6 @@ from metaopt.baselines.schedules import over
 from metaopt.optimizers import Celo2, LearnedOptimizer
 from metaopt.optimizers.celo2 import celo2_adamw
 
-Transformation = optax.GradientTransformationExtraArgs
-
 # From a tenth to a hundred times the default: small networks want the high ones.
 _BELOW, _ABOVE = 10.0, 100.0
 # What multiplies the updates of a learned optimizer.
@@ -80,7 +78,7 @@ class Rule(abc.ABC):
         tuned: Tuned,
         num_steps: jax.Array,
         key: jax.Array,
-    ) -> Transformation:
+    ) -> optax.GradientTransformationExtraArgs:
         """Returns the transformation; all arguments may be traced.
 
         Args:

@@ -77,14 +77,14 @@ class Store:
 
     def put(self, lanes: list[Lane], curves: list[Curve], cost: Cost) -> None:
         """Adds runs and what they cost, durable when it returns."""
-        records = []
+        records: list[dict[str, Any]] = []
         for lane, curve in zip(lanes, curves, strict=True):
             # JSON has no word for numbers that are not finite.
             plain = lambda x: [float(v) if math.isfinite(v) else None for v in x]
             records.append(
                 {
                     "key": self._key(lane),
-                    "lane": lane._asdict() | {"setting": lane.setting._asdict()},
+                    "lane": {**lane._asdict(), "setting": lane.setting._asdict()},
                     "train": plain(curve.train),
                     "held_out": plain(curve.held_out),
                     "metrics": {name: plain(x) for name, x in curve.metrics.items()},

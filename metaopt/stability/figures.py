@@ -83,7 +83,7 @@ def drawing(
     return _themed(buffer.getvalue(), code, opening)
 
 
-def style(matplotlib: Any, salt: str) -> dict[str, Any]:
+def style(matplotlib: Any, salt: str) -> Any:
     """Returns the settings of matplotlib that `drawing` draws with."""
     return {
         "axes.edgecolor": FAINT,
