@@ -16,6 +16,7 @@ from metaopt.fewshot import (
     LogisticRegression,
     NearestNeighbours,
     Network,
+    OnePassDescent,
     Ridge,
     TrainFromScratch,
     bayes_ridge,
@@ -97,6 +98,18 @@ def test_gradient_descent(reduction, divisor):
     for _ in range(3):
         w = w - 0.05 / divisor * X.T @ (X @ w - Y)
     found = predict(GradientDescent(3, 0.05, reduction))
+    np.testing.assert_allclose(found, X_QUERY @ w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "clip"), [(1, None), (3, None), (None, 1.5)])
+def test_one_pass_descent_example_by_example(window, clip):
+    w = np.zeros(5)
+    for i in range(len(X)):
+        first = 0 if window is None else max(0, i + 1 - window)
+        x, y = X[first : i + 1], Y[first : i + 1]
+        grad = 2 * x.T @ (x @ w - y)
+        w -= 0.03 * (grad if clip is None else np.clip(grad, -clip, clip))
+    found = predict(OnePassDescent(0.03, window, clip))
     np.testing.assert_allclose(found, X_QUERY @ w, rtol=1e-4, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from metaopt.fewshot.closed_form import (
     bayes_ridge,
 )
 from metaopt.fewshot.compare import Comparison, compare
-from metaopt.fewshot.descent import GDPlusPlus, GradientDescent
+from metaopt.fewshot.descent import GDPlusPlus, GradientDescent, OnePassDescent
 from metaopt.fewshot.episodes import (
     Episode,
     FunctionFamily,
@@ -71,6 +71,7 @@ __all__ = [
     "Model",
     "NearestNeighbours",
     "Network",
+    "OnePassDescent",
     "Paired",
     "Points",
     "Predictor",

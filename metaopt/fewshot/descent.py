@@ -48,6 +48,52 @@ class GradientDescent:
 
 
 @dataclasses.dataclass(frozen=True)
+class OnePassDescent:
+    """Steps once per example on `sum |x w - y|**2`, from `w = 0`, then predicts.
+
+    Akyurek et al., 2023, https://arxiv.org/abs/2211.15661, section 4, take the example
+    alone, and plain steps. Their published code takes all examples so far and clips the
+    gradient to plus or minus 20: `window=None, clip=20.0`.
+
+    Attributes:
+        learning_rate: size of a step.
+        window: examples of a step, up to the current one; None for all so far.
+        clip: largest entry of a gradient; None for no limit.
+
+    >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> predict = OnePassDescent(learning_rate=0.25)
+    >>> predict(x, jnp.array([2.0, 4.0]), jnp.eye(2), None).tolist()
+    [1.0, 2.0]
+    """
+
+    learning_rate: float = 0.03
+    window: int | None = 1
+    clip: float | None = None
+
+    def __post_init__(self):
+        validate.number("learning_rate", self.learning_rate, low=0.0)
+        if self.window is not None:
+            validate.integer("window", self.window)
+        if self.clip is not None:
+            validate.number("clip", self.clip, low=0.0, open_low=True)
+
+    def __call__(self, x, y, x_query, key):
+        del key
+        index = jnp.arange(x.shape[0])
+        window = x.shape[0] if self.window is None else self.window
+
+        def step(w, now):
+            seen = (index <= now) & (index > now - window)
+            grad = 2.0 * jnp.einsum("n,nd,n...->d...", seen, x, x @ w - y)
+            if self.clip is not None:
+                grad = jnp.clip(grad, -self.clip, self.clip)
+            return w - self.learning_rate * grad, None
+
+        w = jnp.zeros((x.shape[1], *y.shape[1:]), x.dtype)
+        return x_query @ jax.lax.scan(step, w, index)[0]
+
+
+@dataclasses.dataclass(frozen=True)
 class GDPlusPlus:
     """Gradient descent that also whitens its inputs a little in every step.
 
