@@ -135,6 +135,20 @@ def test_both_players_get_the_gradient_of_their_own_loss():
     assert abs(seen - hidden) > 1e-2
 
 
+@pytest.mark.parametrize(("dataset", "side"), [("mnist", 28), ("cifar10", 7)])
+def test_networks_fit_images_of_any_size(dataset, side):
+    for build in (tasks.ImageGAN, tasks.ImageVAE, tasks.ImageDiffusion):
+        task = build(dataset, image_size=side)
+        channels = task.shape[2]
+        images = jax.ShapeDtypeStruct((4, side, side, channels), jnp.float32)
+        labels = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+        def first_loss(x, y, key, task=task):
+            return task.loss(task.init((), key), (x, y), (), key)[0]
+
+        assert jax.eval_shape(first_loss, images, labels, KEY).shape == ()
+
+
 def test_noise_all_at_once_has_the_moments_of_noise_level_by_level():
     betas = noise_schedule(50)
     x = np.full(200_000, 0.8)

@@ -9,6 +9,8 @@ import optax
 import pytest
 
 import tasks
+from metaopt.evaluate import curves
+from metaopt.optimizers import Fixed
 from metaopt.task import Task
 from metaopt.testing import ConformanceError, check_task
 from tasks import data
@@ -30,6 +32,7 @@ SMALL = {
     "motion": {"links": 3, "knots": 4, "steps": 20},
     "objective": {"functions": ("ackley", "perm"), "dim": 2, "max_dim": 4},
     "physics-informed": {"widths": (4,), "batch_size": 4},
+    "permuted-images": {"widths": (4,), "batch_size": 4},
     "two-moons": {"widths": (4,), "batch_size": 4, "samples": 8},
     "sinusoid": {"widths": (4,), "batch_size": 4},
 }
@@ -41,7 +44,19 @@ def test_contract(name):
     check_task(tasks.get(name, **SMALL.get(name, {})))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_evaluation(name):
+    sgd = Fixed("sgd", (("learning_rate", 1e-3),))
+    task = tasks.get(name, **SMALL.get(name, {}))
+    result = curves(task, sgd, (), KEY, num_steps=4, num_seeds=2, split="test")
+    assert result.loss.shape == (2, 4)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(result))
+
+
 def test_contract_of_options():
+    check_task(tasks.ImageTransformer(width=4, depth=1, batch_size=4, patch_size=4))
+    check_task(tasks.ImageMLP(widths=(4, 4, 4), batch_size=4, activation="elu"))
     check_task(tasks.Quadratic(dim=3, rotate=False))
     check_task(tasks.ImageMLP(widths=(4,), batch_size=4, layer_norm=True, image_size=4))
 
