@@ -4,21 +4,19 @@ import base64
 import html
 import pathlib
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 from metaopt._files import write_atomically
 
+# What these pages have and that of the stability suite has not.
 _STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; }
-table { border-collapse: collapse; }
-th, td { padding: 0.2rem 0.8rem; text-align: right; border-bottom: 1px solid #8884;
-  font-variant-numeric: tabular-nums; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-.scroll { overflow-x: auto; }
-img { max-width: 100%; background: white; }
-pre { overflow-x: auto; background: #8882; padding: 0.6rem; }
+.paper td, .paper th { text-align: right; white-space: nowrap; padding-right: 16px; }
+.paper th:first-child, .paper td:first-child { text-align: left; }
+section.card { margin-top: 20px; }
+.prose p { max-width: 75ch; }
+.prose p + p, .paper { margin-top: 10px; }
+.paper img { display: block; max-width: 100%; background: white; border-radius: 8px; }
 """
 
 Rows = Sequence[Mapping[str, Any]]
@@ -55,31 +53,59 @@ def write_page(
         command: what was typed.
     """
     safe = lambda value: html.escape(str(value))
-    parts = [f"<p>{safe(paragraph)}</p>" for paragraph in text]
+    prose = "\n".join(f"<p>{safe(paragraph)}</p>" for paragraph in text)
+    parts = [f'<section class="card prose">{prose}</section>'] if text else []
     for plot in plots:
         data = base64.b64encode(plot.read_bytes()).decode()
-        name = safe(plot.stem)
-        parts.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')
+        image = f'<img alt="{safe(plot.stem)}" src="data:image/png;base64,{data}">'
+        parts.append(f'<section class="card paper">{image}</section>')
     for caption, rows in tables.items():
-        parts.append(f"<h2>{safe(caption)}</h2>\n{_table(rows)}")
+        title_of_table = f"<h2>{safe(caption)}</h2>"
+        parts.append(
+            f'<section class="card paper">{title_of_table}\n{_table(rows)}</section>'
+        )
     body = "\n".join(parts)
-    page = f"""<!doctype html>
+    made = document(
+        title,
+        f"""<header><p class="kicker"></p><h1>{safe(title)}</h1></header>
+<main>
+{body}
+</main>
+<footer><div class="card"><h2>Reproduce</h2>
+<pre>{safe(command)}</pre></div></footer>""",
+        style=_STYLE,
+    )
+    write_atomically(path, made.encode())
+
+
+def document(title: str, body: str, *, style: str = "") -> str:
+    """Returns a whole page in the style of the stability report, light and dark.
+
+    Args:
+        title: what the browser calls it.
+        body: HTML, made of `<header>`, `<main>` with cards, and `<footer>`.
+        style: CSS besides that of the report.
+
+    >>> "<h1>sic</h1>" in document("a title", "<h1>sic</h1>")
+    True
+    """
+    shared = resources.files("metaopt.stability").joinpath("report.css").read_text()
+    return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
-<title>{safe(title)}</title>
-<style>{_STYLE}</style>
+<title>{html.escape(title)}</title>
+<style>
+{shared}{style}</style>
 </head>
 <body>
-<h1>{safe(title)}</h1>
 {body}
-<pre>{safe(command)}</pre>
 </body>
 </html>
 """
-    write_atomically(path, page.encode())
 
 
 def _table(rows: Rows) -> str:

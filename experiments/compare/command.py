@@ -39,16 +39,34 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         help="names of metaopt.baselines, bundled weights, or files of weights",
     )
-    add("--suite", choices=("quick", "full"), default="quick")
+    add("--suite", choices=("quick", "full"), default="quick", help="the tasks")
     add("--tasks", nargs="+", metavar="TASK", help="only these tasks of the suite")
     add("--reference", default="adamw", help="what the others are measured by")
     add("--steps", type=int, help="steps per run, instead of those of the suite")
     add("--seeds", type=int, default=3, help="runs that are reported")
     add("--trials", type=int, default=7, help="settings tried by each, 0 for no tuning")
     add("--tuning-seeds", type=int, default=2, help="runs per setting")
-    add("--schedules", nargs="+", default=["cosine"], metavar="NAME")
-    add("--weight-decays", nargs="+", type=float, default=[], metavar="X")
-    add("--criterion", choices=("train", "valid"), default="train")
+    add(
+        "--schedules",
+        nargs="+",
+        default=["cosine"],
+        metavar="NAME",
+        help="those of the trials: constant, cosine, warmup-cosine or linear",
+    )
+    add(
+        "--weight-decays",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="X",
+        help="those of the trials, instead of the default of each",
+    )
+    add(
+        "--criterion",
+        choices=("train", "valid"),
+        default="train",
+        help="the loss that tuning minimises and that is compared",
+    )
     add("--long", type=int, metavar="N", help="untuned runs of N times the horizon")
     add("--seed", type=int, default=0)
     add("--out", type=pathlib.Path, default=pathlib.Path("runs", "compare"))

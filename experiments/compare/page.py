@@ -1,7 +1,6 @@
 """The page of a comparison: no script, no resource from elsewhere, light and dark."""
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from experiments.compare.page_tables import mode_title, numbers, standings, text
@@ -9,6 +8,7 @@ from experiments.compare.plots import Painter
 from experiments.compare.protocol import EVALUATIONS, REFERENCE_HORIZONS
 from experiments.compare.ranking import Ranking, Target
 from experiments.compare.screen import case_text
+from experiments.page import document
 from metaopt.stability import figures
 
 # What the page has and that of the stability suite has not.
@@ -47,7 +47,6 @@ def page(
         left_out: tasks that could not be run, with the reason.
         facts: provenance.
     """
-    style = resources.files("metaopt.stability").joinpath("report.css").read_text()
     lost = [case.task for case in ranking.losing()]
     # Where learned optimizers lose comes first.
     tasks = sorted(ranking.tasks, key=lambda task: -lost.count(task))
@@ -57,19 +56,7 @@ def page(
     title = f"{_count(ranking.contenders, 'optimizer')} on {_count(tasks, 'task')}"
     protocol = ranking.protocol
     tuning = f"{protocol.trials} trials each" if protocol.trials else "no tuning"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>{title}, comparison</title>
-<style>
-{style}{_STYLE}</style>
-</head>
-<body>
-<header>
+    body = f"""<header>
 <p class="kicker">Comparison of optimizers, {text(suite)} suite,
 {_count(range(protocol.seeds), "seed")}, {tuning}</p>
 <h1>{title}</h1>
@@ -82,10 +69,8 @@ def page(
 {sections}
 {_method(ranking, painter)}
 </main>
-{_footer(command, left_out, facts)}
-</body>
-</html>
-"""
+{_footer(command, left_out, facts)}"""
+    return document(f"{title}, comparison", body, style=_STYLE)
 
 
 def _count(things: Any, noun: str) -> str:
