@@ -59,6 +59,10 @@ def draw_length(horizon: Horizon, window: int, key: jax.Array) -> jax.Array:
     return window * windows.astype(jnp.int32)
 
 
+# Keeps the logarithm of a loss finite.
+_SMALL_LOSS = 1e-4
+
+
 class StepOut(NamedTuple):
     """What one inner step contributes to the meta-loss of its episode.
 
@@ -163,7 +167,9 @@ class TrainTask:
         optimizer: the rule whose theta is learned.
         horizon: length of a training run in inner steps, fixed or log-uniform.
         meta_split: "train" or "valid", the data the meta-loss is measured on.
-        meta_loss: "mean" of the losses of a run, or the "final" one.
+        meta_loss: "mean" of the losses of a run, the "final" one, or "mean-log", the
+            mean of `log(loss + 1e-4)`, to which a run's end counts as much as its start
+            and an easy task as much as a hard one; losses must not be negative.
         loss_cap: largest loss of a step that enters the meta-loss, None for no limit;
             bounds what a diverging run adds to the meta-gradient. For a classifier
             1.5 times the log of the number of classes is usual.
@@ -194,7 +200,7 @@ class TrainTask:
         validate.instance("optimizer", self.optimizer, LearnedOptimizer, "SmallFC()")
         check_horizon(self.horizon)
         validate.one_of("meta_split", self.meta_split, ("train", "valid"))
-        validate.one_of("meta_loss", self.meta_loss, ("mean", "final"))
+        validate.one_of("meta_loss", self.meta_loss, ("mean", "final", "mean-log"))
         if self.loss_cap is not None:
             validate.number("loss_cap", self.loss_cap)
 
@@ -222,19 +228,23 @@ class TrainTask:
         batch = task.batch(instance, data, batch_key, split="train")
         gradient = jax.value_and_grad(task.loss, has_aux=True)
         (loss, metrics), grads = gradient(params, batch, instance, loss_key)
+        value_fn = lambda params: task.loss(params, batch, instance, loss_key)[0]
         updates, opt_state = self.optimizer.update(
-            theta, grads, opt_state, params, value=loss
+            theta, grads, opt_state, params, value=loss, value_fn=value_fn
         )
         params = optax.apply_updates(params, updates)
         if self.meta_split == "valid":
             batch_key, loss_key = jax.random.split(valid_key)
             batch = task.batch(instance, data, batch_key, split="valid")
-            loss, metrics = task.loss(params, batch, instance, loss_key)
+            evaluated = self.optimizer.eval_params(theta, opt_state, params)
+            loss, metrics = task.loss(evaluated, batch, instance, loss_key)
         if self.meta_metric is not None:
             validate.one_of("meta_metric", self.meta_metric, metrics)
             loss = metrics[self.meta_metric]
         if self.loss_cap is not None:
             loss = jnp.minimum(loss, self.loss_cap)
+        if self.meta_loss == "mean-log":
+            loss = jnp.log(loss + _SMALL_LOSS)
         if self.meta_loss == "final":
             weight = jnp.where(count + 1 == length, length, 0).astype(jnp.float32)
         else:

@@ -98,6 +98,20 @@ def test_loss_cap_bounds_the_meta_loss_and_not_the_training():
     np.testing.assert_array_equal(capped.params, free.params)
 
 
+def test_the_meta_loss_can_be_the_mean_of_logarithms():
+    rule, runs = Fixed("sgd", (("learning_rate", 0.1),)), []
+    for meta_loss in ("mean", "mean-log"):
+        learner = TrainTask(
+            toys.FixedQuadratic(), rule, horizon=6, loss_cap=2.0, meta_loss=meta_loss
+        )
+        state = learner.reset((), (), jax.random.key(0), length=6)
+        runs.append(unroll(learner, (), state, (), jax.random.key(1), length=6))
+    (state, out), (log_state, log_out) = runs
+    np.testing.assert_allclose(log_out.loss, np.log(out.loss + 1e-4), rtol=1e-6)
+    np.testing.assert_array_equal(log_out.weight, 1.0)
+    np.testing.assert_array_equal(log_state.params, state.params)
+
+
 def test_log_uniform_horizons():
     draw = jax.vmap(lambda key: draw_length(LogUniform(20, 2000), 20, key))
     lengths = np.asarray(draw(jax.random.split(jax.random.key(0), 20_000)))

@@ -4,11 +4,15 @@ PES, 16 tasks, windows of 50 steps, digits MLP 64-32-10 (2,410 parameters), batc
 One outer step takes 2 x 16 x 50 inner steps. Optimizers are timed in turns within one
 run, so that their ratios hold on a busy machine; a matrix product and a copy timed in
 the same run say how far each is from what the machine can do.
+
+With `--preset NAME` the parts of a preset are timed instead, also per second of
+processor time, which other programs on the machine disturb less.
 """
 
 import argparse
 import dataclasses
 import json
+import pathlib
 import statistics
 import time
 
@@ -22,13 +26,18 @@ def main() -> None:
     parser.add_argument("--block", type=int, help="default: the library's")
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--out", default=None, help="JSON file to write")
+    parser.add_argument("--preset", help="time the parts of this preset instead")
     args = parser.parse_args()
     backend.prepare()
+    if args.preset:
+        print_parts(parts := measure_parts(args.preset, args.rounds))
+        if args.out:
+            pathlib.Path(args.out).write_text(f"{json.dumps(parts, indent=1)}\n")
+        return
     rows = measure(args.rounds, args.block, args.only)
     print_table(rows)
     if args.out:
-        with open(args.out, "w") as file:
-            json.dump(rows, file, indent=1)
+        pathlib.Path(args.out).write_text(f"{json.dumps(rows, indent=1)}\n")
 
 
 TASKS, WINDOW = 16, 50
@@ -168,6 +177,52 @@ def print_table(rows: list[dict]) -> None:
             f"{row['gflops']:9.1f}{row['gbytes_per_s']:7.1f}"
             f"{row['mflop_per_step']:8.2f}{row['mbytes_per_step']:7.2f}"
             f"{row['first_step_s']:14.1f}"
+        )
+
+
+def measure_parts(preset: str, rounds: int) -> list[dict]:
+    """Returns one row per part of the preset's estimator: inner steps per second."""
+    import jax
+
+    from experiments import config as configs
+    from experiments import report
+    from experiments.presets import META_TRAIN
+    from experiments.training import devices_for
+    from metaopt.sharding import task_mesh
+    from metaopt.train import make_trainer
+
+    config, rows = META_TRAIN[preset].build(), []
+    mesh = task_mesh(devices_for(config))
+    tx = config.outer.transformation(config.num_steps)
+    for part in configs.parts(config.estimator):
+        start = time.perf_counter()
+        trainer = make_trainer(part, tx, part.load(), mesh=mesh)
+        state, metrics = trainer.step(trainer.init(jax.random.key(0)))
+        jax.block_until_ready(metrics)
+        first_step_s = time.perf_counter() - start
+        wall, processor = [], []
+        for _ in range(rounds):
+            clocks = time.perf_counter(), time.process_time()
+            state, metrics = trainer.step(state)
+            jax.block_until_ready(metrics)
+            wall.append(time.perf_counter() - clocks[0])
+            processor.append(time.process_time() - clocks[1])
+        steps = configs.inner_steps(part)
+        task = getattr(part.learner.task, "task", part.learner.task)
+        row = {"name": report.title(task), "devices": mesh.size}
+        row |= {"inner_steps_per_s": steps / min(wall)}
+        row |= {"per_processor_s": steps / min(processor)}
+        rows.append(row | {"first_step_s": first_step_s})
+    return rows
+
+
+def print_parts(rows: list[dict]) -> None:
+    """Prints one line per part."""
+    print(f"{'':24}{'devices':>8}{'steps/s':>9}{'per CPU s':>11}{'first step s':>14}")
+    for row in rows:
+        print(
+            f"{row['name']:24}{row['devices']:8}{row['inner_steps_per_s']:9.0f}"
+            f"{row['per_processor_s']:11.0f}{row['first_step_s']:14.1f}"
         )
 
 
