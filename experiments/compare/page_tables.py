@@ -63,9 +63,9 @@ def standings(ranking: Ranking) -> str:
     return f"""<section class="card probe" aria-labelledby="standings">
 <h2 id="standings">Over all tasks</h2>
 <p class="question">Interquartile means over tasks and seeds with 95% bootstrap
-intervals, best first. Score and speed-up compare with {reference} as tuned. Time per
-step is over that of {reference}, state in floats per parameter, memory the temporary
-one of a run.</p>
+intervals, the highest speed-up first. Score and speed-up compare with {reference} as
+tuned. Time per step is over that of {reference}, state in floats per parameter, memory
+the temporary one of a run.</p>
 {body}
 </section>"""
 

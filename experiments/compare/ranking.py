@@ -15,7 +15,7 @@ from metaopt import scores
 
 TUNED, UNTUNED = "tuned", "untuned"
 # Values at which the profiles are drawn.
-SCORES = np.linspace(0.0, 1.5, 151)
+SCORES = np.linspace(0.0, 1.2, 241)
 SPEED_UPS = np.geomspace(min(REFERENCE_HORIZONS), max(REFERENCE_HORIZONS), 121)
 
 
@@ -187,8 +187,10 @@ class Ranking:
 
     @functools.cached_property
     def standings(self) -> dict[str, list[Standing]]:
-        """All contenders by mode, the best score first."""
-        key = lambda s: -s.score.value if s.score else math.inf
+        """All contenders by mode, the highest speed-up first."""
+        # Scores crowd around 1 where the loss falls by orders of magnitude.
+        value = lambda x: -x.value if x else math.inf
+        key = lambda line: (value(line.speed_up), value(line.score))
         return {
             mode: sorted((self._standing(x, mode) for x in self.contenders), key=key)
             for mode in self.modes

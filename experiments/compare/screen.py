@@ -4,6 +4,7 @@ import math
 import time
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -13,7 +14,7 @@ from rich.table import Table
 from experiments.compare.cells import Cell, final_loss
 from experiments.compare.ranking import TUNED, Case, Estimate, Ranking
 
-_SHOWN_CASES = 12
+_SHOWN_CASES, _SHOWN_COLUMNS = 12, 6
 _SEEN = {"task": "seen in meta-training", "data": "its data seen in meta-training"}
 
 
@@ -174,13 +175,16 @@ def _standings(ranking: Ranking, mode: str) -> Table:
     how = f"tuned, {trials} trials each" if mode == TUNED else "no tuning"
     table = Table(
         title=f"Over all tasks, {how}: interquartile means and 95% intervals",
-        show_lines=True,
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("optimizer", no_wrap=True)
     reference = escape(ranking.reference)
-    columns = ("score", "speed-up", f"beats {reference}", "held-out")
+    columns = ("score", "speed-up", f"beats {reference}", "on test")
     for column in (*columns, "diverged", "time", "state"):
-        table.add_column(column, justify="right")
+        # An interval takes nine characters.
+        width = 9 if column in ("score", "speed-up") else None
+        table.add_column(column, justify="right", min_width=width)
     for line in ranking.standings[mode]:
         table.add_row(
             escape(line.contender),
@@ -190,10 +194,10 @@ def _standings(ranking: Ranking, mode: str) -> Table:
             share(line.held_out_wins, line.tasks),
             f"{line.diverged}/{line.runs}",
             _times(ranking.cost_ratio(line.contender)),
-            number(_state(ranking, line.contender)),
+            _state(ranking, line.contender),
         )
     table.caption = (
-        f"held-out: beats it on held-out data; time: per step, over that of "
+        f"on test: beats it on held-out data; time: per step, over that of "
         f"{reference}; state: floats per parameter"
     )
     return table
@@ -203,26 +207,34 @@ def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.1f}x"
 
 
-def _state(ranking: Ranking, contender: str) -> float | None:
+def _state(ranking: Ranking, contender: str) -> str:
     costs: list[Any] = [ranking.cells[task, contender].cost for task in ranking.tasks]
     found = [cost.state_floats for cost in costs if cost]
-    return sorted(found)[len(found) // 2] if found else None
+    return f"{sorted(found)[len(found) // 2]:.1f}" if found else "-"
 
 
 def _losses(ranking: Ranking) -> Table:
     mode = ranking.modes[0]
     kind = "training" if ranking.split == "train" else "held-out"
-    table = Table(title=f"Mean {kind} loss at the end, {mode}; * seen in meta-training")
+    table = Table(
+        title=f"Mean {kind} loss at the end, {mode}; * seen in meta-training",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("task", no_wrap=True)
-    names = [line.contender for line in ranking.standings[mode]]
+    best = [line.contender for line in ranking.standings[mode]]
+    names = [ranking.reference, *(x for x in best if x != ranking.reference)]
+    names = names[:_SHOWN_COLUMNS]
     for name in names:
-        table.add_column(escape(name), justify="right")
+        table.add_column(escape(name), justify="right", min_width=8, overflow="fold")
+    if left := len(best) - len(names):
+        table.caption = f"{left} more in report.html"
     for task in ranking.tasks:
         losses = {name: ranking.loss(task, name, mode) for name in names}
-        best = min(losses.values())
+        lowest = min(losses.values())
         row = []
         for name, loss in losses.items():
             text = number(loss) + ("*" if ranking.cells[task, name].seen else "")
-            row.append(f"[bold]{text}[/]" if loss == best else text)
+            row.append(f"[bold]{text}[/]" if loss == lowest else text)
         table.add_row(task, *row)
     return table

@@ -26,8 +26,8 @@ class Entry(NamedTuple):
 _DIGITS = {
     "digits-mlp": tasks.ImageMLP(),
     "digits-mlp-tanh": tasks.ImageMLP(widths=(64, 64, 64), activation="tanh"),
-    "digits-conv": tasks.ImageConv(),
-    "digits-lstm": tasks.ImageRecurrent(),
+    "digits-conv": tasks.ImageConv(widths=(8, 16), batch_size=32),
+    "digits-lstm": tasks.ImageRecurrent(batch_size=32),
 }
 
 _MORE_DIGITS = {
