@@ -10,6 +10,7 @@ import optax
 import metaopt
 from experiments.console import UsageError, check_choice
 from metaopt import validate
+from metaopt.baselines import BASELINES, make
 from metaopt.stability import field
 from metaopt.stability.subject import Subject, subject
 from metaopt.weights import load_with_info
@@ -20,8 +21,9 @@ def find(name: str, *, rate: float | None, horizon: int | None) -> Subject:
 
     Args:
         name: a safetensors file, `module:function`, bundled weights, an optimizer of
-            `metaopt.stability.field`, or with `rate` one of optax.
-        rate: learning rate of an optimizer of optax.
+            `metaopt.stability.field`, or with `rate` one of optax or of
+            `metaopt.baselines`.
+        rate: learning rate of an optimizer of optax or of `metaopt.baselines`.
         horizon: inner steps of the runs it was meta-trained for.
 
     Raises:
@@ -30,7 +32,7 @@ def find(name: str, *, rate: float | None, horizon: int | None) -> Subject:
     try:
         if rate is not None:
             validate.number("learning_rate", rate, low=0.0, open_low=True)
-            return subject(_of_optax(name, rate), name=f"{name} {rate:g}")
+            return subject(_hand_designed(name, rate), name=f"{name} {rate:g}")
         if pathlib.Path(name).is_file() or name in metaopt.available():
             optimizer, theta, info = load_with_info(name)
             horizon = horizon or trained_for(info)
@@ -41,8 +43,9 @@ def find(name: str, *, rate: float | None, horizon: int | None) -> Subject:
         raise UsageError(f"{name}: {error}") from error
     known = {**field.references(), **field.broken()}
     options = [*metaopt.available(), *known]
-    if name not in options and callable(getattr(optax, name, None)):
-        raise UsageError(f"{name} of optax needs --learning-rate.")
+    made = name in BASELINES or callable(getattr(optax, name, None))
+    if name not in options and made:
+        raise UsageError(f"{name} is hand-designed and needs --learning-rate.")
     check_choice("optimizer", name, options)
     return known[name]
 
@@ -65,11 +68,20 @@ def trained_for(info: Any) -> int | None:
     return max((x for x in found if x), default=None)
 
 
-def _of_optax(name: str, rate: float) -> Any:
+def _hand_designed(name: str, rate: float) -> Any:
+    if name in BASELINES and BASELINES[name].needs_value_fn:
+        raise ValueError(
+            "it evaluates the loss at other parameters, which the suite does not give."
+        )
     factory = getattr(optax, name, None)
-    if not callable(factory) or "learning_rate" not in _parameters(factory):
-        raise ValueError("optax has no optimizer of that name with a learning rate.")
-    return factory(rate)
+    if callable(factory) and "learning_rate" in _parameters(factory):
+        return factory(rate)
+    if name in BASELINES:
+        return make(name, rate)
+    raise ValueError(
+        "optax and metaopt.baselines have no optimizer of that name with a learning "
+        f"rate.{validate.nearest(name, BASELINES)}"
+    )
 
 
 def _made(name: str, horizon: int | None) -> Subject:

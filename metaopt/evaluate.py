@@ -23,7 +23,8 @@ class Curves(NamedTuple):
     Attributes:
         loss: training loss of each step, before its update, `[seeds, steps]`.
         eval_step: inner steps taken before each evaluation, `[evals]` int32.
-        eval_loss: loss on the evaluation split, `[seeds, evals]`.
+        eval_loss: loss on the evaluation split, `[seeds, evals]`, of the parameters
+            that the rule names for evaluation (`LearnedOptimizer.eval_params`).
         eval_metrics: the task's metrics on the evaluation split, each `[seeds, evals]`.
     """
 
@@ -52,7 +53,7 @@ def curves(
 
     Args:
         task: what is trained.
-        optimizer: the rule, hand-designed ones as `Fixed` or `Hyper`.
+        optimizer: the rule, hand-designed ones as `Baseline`, `Fixed` or `Hyper`.
         theta: its meta-parameters.
         key: randomness of all runs.
         num_steps: inner steps per run.
@@ -167,10 +168,12 @@ def _curves(task, optimizer, theta, data, key, num_steps, num_seeds, eval_every,
     learner = TrainTask(task, optimizer, horizon=num_steps)
 
     def evaluate(state, key):
+        params = optimizer.eval_params(theta, state.opt_state, state.params)
+
         def one_batch(key):
             batch_key, loss_key = jax.random.split(key)
             batch = task.batch(state.instance, data, batch_key, split=split)
-            return task.loss(state.params, batch, state.instance, loss_key)
+            return task.loss(params, batch, state.instance, loss_key)
 
         results = jax.vmap(one_batch)(jax.random.split(key, EVAL_BATCHES))
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), results)

@@ -6,6 +6,7 @@ from metaopt import validate
 from metaopt.task import Task
 from tasks.adversarial import ImageGAN
 from tasks.autoencoders import ImageAutoencoder, ImageVAE
+from tasks.continual import PermutedImages
 from tasks.deep_linear import DeepLinear
 from tasks.diffusion import ImageDiffusion
 from tasks.images import ImageConv, ImageMLP
@@ -37,6 +38,7 @@ __all__ = [
     "Motion",
     "NoisyQuadratic",
     "Objective",
+    "PermutedImages",
     "PhysicsInformed",
     "Quadratic",
     "Sinusoid",
@@ -61,6 +63,7 @@ TASKS: dict[str, type[Task]] = {
     "motion": Motion,
     "noisy-quadratic": NoisyQuadratic,
     "objective": Objective,
+    "permuted-images": PermutedImages,
     "physics-informed": PhysicsInformed,
     "quadratic": Quadratic,
     "sinusoid": Sinusoid,

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metaopt.baselines import predicts
+
 
 def cross_entropy(
     logits: jax.Array, labels: jax.Array
@@ -21,6 +23,7 @@ def cross_entropy(
     >>> round(float(loss), 4), round(float(metrics["accuracy"]), 4)
     (1.3863, 0.3333)
     """
+    logits = predicts(logits, "categorical")
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
     return jnp.mean(losses), {"accuracy": accuracy}

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from metaopt import registry
+from metaopt.baselines import Baseline
 from metaopt.optimizers import (
     LSR1,
     MLP,
@@ -29,6 +30,7 @@ from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.testing import ConformanceError, check_optimizer
 
 OPTIMIZERS = {
+    "Baseline": Baseline("adamw", schedule="warmup-cosine"),
     "Fixed": Fixed(),
     "Fixed lion": Fixed("lion", (("learning_rate", 1e-3), ("weight_decay", 0.1))),
     "Fixed contrib": Fixed("contrib.ademamix"),

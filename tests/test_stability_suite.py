@@ -367,6 +367,8 @@ def test_the_exit_status_is_the_verdict(level, one_probe, tmp_path, capsys):
         (["sgd", "--probes", "S77"], "probes must be"),
         (["noisy_sgd"], "needs --learning-rate"),
         (["nothing_of_this", "--learning-rate", "1"], "no optimizer of that name"),
+        (["soap"], "needs --learning-rate"),
+        (["kfac", "--learning-rate", "1"], "evaluates the loss at other parameters"),
         (["adam", "--learning-rate", "nan"], "learning_rate must lie in"),
         (["no.such.module:tx"], "cannot be imported"),
         ([], "required: optimizer"),
@@ -376,6 +378,15 @@ def test_wrong_usage_is_no_verdict(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(backend, "prepare", lambda: None)
     assert door.main(["stability", *arguments]) == 64
     assert message in capsys.readouterr().err
+
+
+def test_the_names_of_baselines_are_known():
+    found = subjects.find("muon", rate=0.01, horizon=None)
+    assert found.name == "muon 0.01"
+    updates, _ = found.transformation(10).update(
+        jnp.eye(2), found.transformation(10).init(jnp.eye(2)), jnp.eye(2)
+    )
+    assert float(updates[0, 0]) < 0.0
 
 
 def test_a_failure_of_the_command_is_no_verdict(one_probe, tmp_path, capsys):

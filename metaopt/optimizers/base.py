@@ -71,12 +71,21 @@ class LearnedOptimizer(abc.ABC):
             state: what `init` or the last `update` returned.
             params: current parameters.
             value: current loss `[]`, for rules with `needs_value`.
-            **extra: further optax arguments, ignored by rules that do not know them.
+            **extra: further optax arguments, ignored by rules that do not know them;
+                training loops of this library give `value_fn`, the loss of the same
+                minibatch as a function of the parameters.
 
         Returns:
             The updates to add to `params` (same structure, shapes and dtypes), and the
             new state (same structure, shapes and dtypes as `state`).
         """
+
+    def eval_params(
+        self, theta: chex.ArrayTree, state: chex.ArrayTree, params: chex.ArrayTree
+    ) -> chex.ArrayTree:
+        """Returns the parameters to evaluate: `params`, or an average of their past."""
+        del theta, state
+        return params
 
     def as_optax(
         self,

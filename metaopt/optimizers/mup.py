@@ -96,6 +96,9 @@ class MuP(LearnedOptimizer):
         scale = lambda u, f: (f * u.astype(jnp.float32)).astype(u.dtype)
         return jax.tree.map(scale, updates, self.factors(params)), state
 
+    def eval_params(self, theta, state, params):
+        return self.optimizer.eval_params(theta, state, params)
+
     def factors(self, params: chex.ArrayTree) -> chex.ArrayTree:
         """Returns what the step of each tensor is multiplied by: 1 or 1 / fan-in.
 

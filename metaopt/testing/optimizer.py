@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -20,11 +21,11 @@ def check_optimizer(
 ) -> None:
     """Checks that `optimizer` can be meta-trained and plugged into any training loop.
 
-    Updates are like the parameters and the new state is like the old one, in structure,
-    shapes and dtypes; compiled and plain updates agree; everything works under
-    `jax.vmap` over theta, state and parameters, and in one compiled scan; unknown extra
-    arguments are ignored and missing ones named; the gradient in theta is finite; equal
-    fields make equal optimizers.
+    Updates and the parameters to evaluate are like the parameters, and the new state is
+    like the old one, in structure, shapes and dtypes; compiled and plain updates agree;
+    everything works under `jax.vmap` over theta, state and parameters, and in one
+    compiled scan; unknown extra arguments are ignored and missing ones named; the
+    gradient in theta is finite; equal fields make equal optimizers.
 
     Args:
         optimizer: the rule to check.
@@ -75,9 +76,23 @@ def _init(optimizer: LearnedOptimizer, theta: Any, params: Any) -> Any:
     return optimizer.init(theta, params, num_steps=_NUM_STEPS, key=key)
 
 
+def _loss(params: Any) -> tuple[jax.Array, Callable, Any]:
+    """Returns the loss 1 at `params`, a function with it there, and its gradient."""
+    grads = _gradients(params)
+
+    def value_fn(x):
+        wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+        step = jax.tree.map(jnp.subtract, wide(x), wide(params))
+        slope = jax.tree.map(lambda g, s: jnp.sum(g * s), wide(grads), step)
+        curvature = jax.tree.map(lambda s: 0.5 * jnp.sum(s * s), step)
+        return 1.0 + sum(jax.tree.leaves((slope, curvature)))
+
+    return jnp.float32(1.0), value_fn, grads
+
+
 def _update(optimizer: LearnedOptimizer, theta: Any, state: Any, params: Any) -> Any:
-    value = jnp.float32(1.0)
-    return optimizer.update(theta, _gradients(params), state, params, value=value)
+    value, value_fn, grads = _loss(params)
+    return optimizer.update(theta, grads, state, params, value=value, value_fn=value_fn)
 
 
 def _types(tree: chex.ArrayTree) -> chex.ArrayTree:
@@ -98,7 +113,13 @@ def _close(a: chex.ArrayTree, b: chex.ArrayTree) -> bool:
 def _check_update(optimizer, theta, params):
     state = _init(optimizer, theta, params)
     updates, after = _update(optimizer, theta, state, params)
-    for name, made, given in (("updates", updates, params), ("state", after, state)):
+    evaluated = optimizer.eval_params(theta, after, params)
+    pairs = (
+        ("updates", updates, params),
+        ("state", after, state),
+        ("eval_params", evaluated, params),
+    )
+    for name, made, given in pairs:
         same = _types(made) == _types(given)
         complaint = f"{name} {_types(made)} must be like {_types(given)}."
         require(same, optimizer, complaint)
@@ -145,10 +166,10 @@ def _check_batched(optimizer, theta, params):
 
 def _check_optax(optimizer, theta, params):
     tx = optimizer.as_optax(theta, num_steps=_NUM_STEPS)
-    state, grads = tx.init(params), _gradients(params)
-    value = jnp.float32(1.0)
-    plain, _ = tx.update(grads, state, params, value=value)
-    extra, _ = tx.update(grads, state, params, value=value, unknown=object())
+    state, (value, value_fn, grads) = tx.init(params), _loss(params)
+    known = {"params": params, "value": value, "value_fn": value_fn}
+    plain, _ = tx.update(grads, state, **known)
+    extra, _ = tx.update(grads, state, **known, unknown=object())
     require(_close(plain, extra), optimizer, "unknown extra arguments must be ignored.")
     missing = {"params": {"value": value}}
     if optimizer.needs_value:
