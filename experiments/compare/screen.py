@@ -99,7 +99,8 @@ class Progress:
         """Takes in that `done` of `total` stretches of `what` are computed."""
         self._fresh = True
         text = f"{self._where}: {what} {done / total:.0%}"
-        position = self._done + (0.5 if what == "tuning" else 0.75) * done / total
+        before = 0.0 if what == "tuning" else 0.5
+        position = self._done + before + 0.5 * done / total
         self._bar.update(self._task, description=escape(text), completed=position)
 
     def finish(self, cell: Cell) -> None:
