@@ -191,8 +191,9 @@ def _method(ranking: Ranking, painter: Painter) -> str:
 spaced in their log from a tenth to a hundred times its default, or for learned
 optimizers multipliers of their updates from 0.1 to 10, with the schedules
 {text(", ".join(protocol.schedules))}. The one with the lowest {kind} loss at the end,
-mean of {protocol.tuning_seeds} seeds, is run on {protocol.seeds} other seeds. All
-optimizers see the same problems, initial parameters and batches.</p>
+mean of {protocol.tuning_seeds} seeds, is run on {protocol.seeds} other seeds. Rules
+that choose their steps themselves have one setting. All optimizers see the same
+problems, initial parameters and batches.</p>
 <p>Losses are those of 8 fixed batches, {EVALUATIONS} times per run; the end of a run is
 the mean of the last tenth of them. A run has diverged if it ends above its start or not
 finite.</p>
