@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from metaopt import validate
 from metaopt.fewshot import FunctionFamily
+from tasks.easy_hard import EasyHardNetworks
 from tasks.episodes import ImageEpisodes
 from tasks.linear_families import EasyHardLinear, Linear, SparseLinear
 from tasks.projected_images import ProjectedImages, RandomPairs
@@ -183,6 +184,7 @@ class SparseParities(Regression):
 FAMILIES: dict[str, Callable[..., FunctionFamily]] = {
     "decision-tree": DecisionTrees,
     "easy-hard-linear": EasyHardLinear,
+    "easy-hard-networks": EasyHardNetworks,
     "image-episodes": ImageEpisodes,
     "linear": Linear,
     "noisy-linear": functools.partial(Linear, noise=1.0),

@@ -13,6 +13,7 @@ from metaopt.fewshot import (
     MAML,
     FirstOrderMAML,
     ImplicitMAML,
+    InContext,
     MetaSGD,
     Model,
     Network,
@@ -21,10 +22,12 @@ from metaopt.fewshot import (
 )
 from metaopt.learner import unroll
 from metaopt.optimizers import Fixed
+from metaopt.registry import COMPONENTS, FEW_SHOT
 from metaopt.sharding import task_mesh
 from metaopt.testing import check_learner
+from metaopt.weights import load_weights, save_weights
 from tasks.episodes import ImageEpisodes
-from tasks.function_families import Sinusoids
+from tasks.function_families import CLASSES, Sinusoids
 from tasks.linear_families import EasyHardLinear, Linear
 
 KEY = jax.random.key(0)
@@ -47,6 +50,27 @@ LEARNERS = [
 @pytest.mark.parametrize("learner", LEARNERS, ids=lambda x: type(x).__name__)
 def test_conformance(learner):
     check_learner(learner)
+
+
+def test_every_learner_is_registered_and_checked():
+    checked = {type(learner) for learner in LEARNERS} | {InContext}
+    registered = {
+        cls
+        for cls in FEW_SHOT.values()
+        if hasattr(cls, "reset") and hasattr(cls, "step")
+    }
+    assert registered == checked
+
+
+@pytest.mark.parametrize("learner", LEARNERS, ids=lambda x: type(x).__name__)
+def test_files_hold_them(learner, tmp_path):
+    path = tmp_path / "theta.safetensors"
+    theta = learner.init_theta(KEY)
+    save_weights(path, theta, learner, info={"steps": 3})
+    found, again = load_weights(path, classes={**COMPONENTS, **CLASSES})
+    assert found == learner
+    assert jax.tree.structure(again) == jax.tree.structure(theta)
+    assert_trees_close(again, theta, rtol=0)
 
 
 # MAML goes through both estimators further down, and conformance differentiates all.
