@@ -378,10 +378,16 @@ def test_coverage_probe():
     assert list(measured["places"]) == ["same problem", "2 times longer", "bowl"]
     assert measured["share"].shape == (3, 2, 10)
     assert np.median(measured["share"][0]) < 0.05
-    assert probe.judge(measured, {}).level is Level.NA
-    learned = measured | {"learned": np.array(True)}
-    learned["share"] = np.full((3, 2, 10), 0.2)
-    assert probe.judge(learned, {}).level is Level.WARN
+    assert probe.judge(measured, {}).level is Level.PASS
+    foreign = measured | {"share": np.full((3, 2, 10), 0.2)}
+    assert probe.judge(foreign, {}).level is Level.WARN
+
+
+def test_coverage_is_a_question_to_learned_rules_only():
+    probe = coverage.CoverageProbe()
+    assert "has learned no inputs" in probe.applies(sgd(0.1))
+    rule = SmallFC()
+    assert probe.applies(subject(rule, theta=rule.init_theta(KEY))) is None
 
 
 def test_plots_draw():

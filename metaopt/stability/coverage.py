@@ -242,6 +242,11 @@ class CoverageProbe(Probe):
         away = (("bowl", BOWL), ("wider net", wide), ("gratings", GratingsNet()))
         return cls(away=away, base=2000, max_steps=100_000, samples=100, num_seeds=5)
 
+    def applies(self, subject):
+        if subject.learned is None:
+            return "A hand-designed rule has learned no inputs: none are foreign to it."
+        return None
+
     def measure(self, subject, key):
         known = subject.learned and isinstance(subject.learned[0], SmallFC | Celo2)
         horizon = min(subject.horizon or self.base, self.max_steps)
@@ -268,7 +273,6 @@ class CoverageProbe(Probe):
             lanes = jax.vmap(jax.vmap(lambda x: share_beyond(coverage, x)))
             shares.append(np.asarray(lanes(x)))
         return {
-            "learned": np.array(subject.learned is not None),
             "places": np.array(list(places)),
             "share": np.stack(shares),
             "mean": np.asarray(coverage.mean),
@@ -281,8 +285,8 @@ class CoverageProbe(Probe):
 
         By construction 0.1% are on the same problem; 5% is fifty times that, the bound
         that the literature proposes. Other problems are shown but not judged: a foreign
-        problem should look foreign. A hand-designed rule has learned nothing, so
-        nothing is foreign to it: NA.
+        problem should look foreign. A hand-designed rule has learned nothing, so that
+        the probe does not apply to it.
         """
         shares = np.median(measured["share"].mean(axis=-1), axis=-1)
         places = [str(name) for name in measured["places"]]
@@ -291,9 +295,6 @@ class CoverageProbe(Probe):
         )
         reason = f"Coordinates beyond the 99.9th percentile of the inputs: {told}."
         value = float(shares[:2].max())
-        if not bool(measured["learned"]):
-            note = " A hand-designed rule has learned no inputs, so this is no verdict."
-            return Verdict(Level.NA, value, 0.05, reason + note)
         level = Level.PASS if value <= 0.05 else Level.WARN
         return Verdict(level, value, 0.05, reason)
 

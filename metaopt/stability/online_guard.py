@@ -13,8 +13,10 @@ from metaopt.stability.guard_state import Reason, start
 
 _MEAN_DECAY = 0.98
 _LOSS_FLOOR = 0.01
-# The length of the sums that XLA adds up fastest on the CPU.
+# The length of the sums that XLA adds up fastest on the CPU, and the size of a tensor
+# below which they are not worth a kernel of their own.
 _ROW = 256
+_SMALL = 1024
 
 
 class _Rules(NamedTuple):
@@ -149,33 +151,47 @@ def _step(rules, pair, grads, state, params, extra):
         lambda: run(tx, state.inner),
         lambda: (jax.tree.map(jnp.zeros_like, params), state.inner),
     )
-    reason, state = _judge(rules, state._replace(inner=inner), mine, watched)
+    # Outside of the branch: in it XLA would compute the updates in two passes.
+    reason, state = _judge(rules, state, _square(mine), watched)
     if rules.coverage is not None:
         x = generic_features(grads, mine, params)
         reason, state = _judge_inputs(rules, state, x, watched, reason)
+    due = state.step % rules.refresh == 0
+    # What the branches need not see cannot be copied for them.
+    rest = state._replace(inner=())
+    updates, rest = jax.lax.cond(
+        due | ~watched | (reason != Reason.NONE),
+        lambda: _fall_back(lambda s: run(fallback, s), rest, mine, accepted, reason),
+        lambda: (mine, rest),
+    )
+    return updates, rest._replace(inner=inner, step=state.step + 1)
+
+
+def _fall_back(run, state, mine, accepted, reason):
+    """Hands over if there is a reason, and lets the fallback act or learn.
+
+    Args:
+        run: gives updates and new state of the fallback from its state.
+        state: a `GuardState`.
+        mine: updates of the guarded optimizer.
+        accepted: whether anyone may see this gradient.
+        reason: why to hand over at this step.
+    """
     state = _trip(state, reason)
     # One after the other on the same state: with one of three ways XLA copies it.
-    due = accepted & state.active & (state.step % rules.refresh == 0)
     warm = jax.lax.cond(
-        due, lambda: run(fallback, state.backup)[1], lambda: state.backup
+        accepted & state.active, lambda: run(state.backup)[1], lambda: state.backup
     )
-    updates, backup, finite = jax.lax.cond(
-        accepted & ~state.active,
-        lambda: _with_finite(*run(fallback, warm)),
-        lambda: (mine, warm, jnp.array(True)),
+    updates, backup = jax.lax.cond(
+        accepted & ~state.active, lambda: run(warm), lambda: (mine, warm)
     )
-    allowed = accepted & finite
+    allowed = accepted & jnp.isfinite(_square(updates))
     updates = jax.tree.map(lambda u: jnp.where(allowed, u, 0), updates)
     return updates, state._replace(
-        step=state.step + 1,
         backup=backup,
         skipped=state.skipped + (~allowed).astype(jnp.int32),
         resting=jnp.where(state.active, 0, state.resting + 1),
     )
-
-
-def _with_finite(updates, state):
-    return updates, state, jnp.isfinite(_square(updates))
 
 
 def _square(tree: chex.ArrayTree) -> jax.Array:
@@ -183,15 +199,18 @@ def _square(tree: chex.ArrayTree) -> jax.Array:
     parts = [jnp.zeros(1)]
     for leaf in jax.tree.leaves(tree):
         x = jnp.asarray(leaf, jnp.float32)
-        if x.ndim < 2:
-            whole = x.size // _ROW * _ROW
+        if x.ndim < 2 or x.size < _SMALL:
             x = jnp.ravel(x)
+            whole = x.size // _SMALL * _SMALL
             parts.append(x[whole:] ** 2)
             x = x[:whole].reshape(-1, _ROW)
         # Met with a vector of ones: other sums make XLA add one by one on the CPU.
         ones = jnp.ones(x.shape[-1])
         parts.append(jnp.ravel(jnp.dot(x * x, ones, precision="highest")))
-    return jnp.sum(jnp.concatenate(parts))
+    # Each barrier keeps XLA from fusing what is faster apart: the sums of the rows with
+    # their concatenation, and that with the last sum.
+    parts = jax.lax.optimization_barrier(parts)
+    return jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(parts)))
 
 
 def _log_mean(mean, square, use):
@@ -240,9 +259,11 @@ def _watch_inputs(rules, state, grads, value):
     return state._replace(grad_size=mean, rejected=rejected), accepted
 
 
-def _judge(rules, state, updates, watched):
-    """Returns why to hand over at this step, and the state after a look at updates."""
-    square = _square(updates)
+def _judge(rules, state, square, watched):
+    """Returns why to hand over at this step, and the state after it.
+
+    `square` is that of the updates of the guarded optimizer.
+    """
     known = state.updates_seen >= 10
     large = known & _above(square, state.update_size, rules.update_factor)
     found = (
@@ -291,6 +312,7 @@ def _return(state, due, tx, params):
         return state._replace(
             inner=tx.init(params),
             active=jnp.array(True),
+            resting=zero,
             update_size=jnp.float32(jnp.nan),
             updates_seen=zero,
             best=state.loss,
