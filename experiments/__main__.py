@@ -19,6 +19,10 @@ COMMANDS = {
         "train a model that learns from examples in its context, and compare it",
         "experiments.in_context",
     ),
+    "compare-fewshot": (
+        "compare predictors on a few examples: trained, adapted, classical",
+        "experiments.compare_fewshot",
+    ),
     "reproduce": (
         "measure the headline claim of a paper anew",
         "experiments.reproduce.command",

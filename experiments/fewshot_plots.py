@@ -12,12 +12,14 @@ from metaopt.fewshot import Comparison
 # Okabe and Ito, without yellow; the first is that of the trained model.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
+_STYLES = ("-", "--", ":")
+
 
 def draw(
     path: pathlib.Path,
     error: str,
     found: Mapping[str, Mapping[str, Comparison]],
-    metrics: Sequence[Mapping[str, float]],
+    metrics: Sequence[Mapping[str, float]] = (),
 ) -> None:
     """Writes a PNG: training, then one panel per family that was compared on.
 
@@ -25,36 +27,42 @@ def draw(
         path: the file.
         error: what the errors are.
         found: results by family and predictor.
-        metrics: the lines of `metrics.jsonl`.
+        metrics: the lines of `metrics.jsonl`; no panel of training without them.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(1 + len(found), 4)
-    rows = -(-(1 + len(found)) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
+    first = 1 if metrics else 0
+    columns = min(first + len(found), 4)
+    rows = -(-(first + len(found)) // columns)
+    # A single panel has room for the many names beside it.
+    width = 4.2 * columns if columns > 1 else 7.5
+    figure = Figure(figsize=(width, 3.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    _training(axes[0], metrics)
+    if metrics:
+        _training(axes[0], metrics)
     names = list(dict.fromkeys(n for results in found.values() for n in results))
     colours = {n: _COLOURS[i % len(_COLOURS)] for i, n in enumerate(names)}
-    for axis, (title, results) in zip(axes[1:], found.items(), strict=False):
+    styles = {n: _STYLES[i // len(_COLOURS) % 3] for i, n in enumerate(names)}
+    for axis, (title, results) in zip(axes[first:], found.items(), strict=False):
         for name, result in results.items():
-            _curve(axis, result, colours[name], name)
+            _curve(axis, result, colours[name], styles[name], name)
         _scale(axis, [result.mean for result in results.values()])
         axis.set(title=title, xlabel="examples", ylabel=error)
-    for axis in axes[1 + len(found) :]:
+    for axis in axes[first + len(found) :]:
         axis.axis("off")
-    axes[1].legend(frameon=False, fontsize=8)
+    beside = {} if columns > 1 else {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    axes[first].legend(frameon=False, fontsize=8, **beside)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(path, buffer.getvalue())
 
 
-def _curve(axis, result: Comparison, colour: str, label: str) -> None:
+def _curve(axis, result: Comparison, colour: str, style: str, label: str) -> None:
     shown = lambda values: np.where(np.isfinite(values), values, np.nan)
     x = result.num_examples
-    axis.plot(x, shown(result.mean), color=colour, label=label, marker=".")
+    axis.plot(x, shown(result.mean), color=colour, ls=style, label=label, marker=".")
     axis.fill_between(
         x, shown(result.low), shown(result.high), color=colour, alpha=0.2, linewidth=0
     )

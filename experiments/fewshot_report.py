@@ -130,7 +130,7 @@ def tables_of(
     family: FunctionFamily, found: Mapping[str, Mapping[str, Comparison]]
 ) -> dict[str, Rows]:
     """Returns a table of the family of training and one of the others, by title."""
-    trained = found["as trained"]
+    trained = next(iter(found.values()))
     counts = next(iter(trained.values())).num_examples.tolist()
     some = sorted({counts[round(i * (len(counts) - 1) / 4)] for i in range(5)})
     rows = []
@@ -160,8 +160,9 @@ def tables_of(
 def show(title: str, rows: Rows) -> None:
     """Prints a table."""
     table = Table(title=title)
+    first = next(iter(rows[0]))
     for column in rows[0]:
-        table.add_column(column, justify="left" if column == "predictor" else "right")
+        table.add_column(column, justify="left" if column == first else "right")
     for row in rows:
         table.add_row(*(cell(value) for value in row.values()))
     Console().print(table)

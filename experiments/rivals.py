@@ -23,6 +23,7 @@ from tasks import prompts
 from tasks.episodes import ImageEpisodes
 from tasks.function_families import DecisionTrees, ReLUNetworks
 from tasks.linear_families import Linear, SparseLinear
+from tasks.projected_images import ProjectedImages
 
 
 class Rivals(NamedTuple):
@@ -49,7 +50,7 @@ def rivals(family: FunctionFamily) -> Rivals:
     host: dict[str, Predictor] = {}
     if isinstance(family, Linear):
         traced["averaging"] = Averaging()
-        if family.noise and family.weight_std:
+        if family.noise and family.weight_std and not family.weight_mean:
             traced["Bayes ridge"] = bayes_ridge(family.noise, family.weight_std)
     if isinstance(family, SparseLinear):
         traced |= {"averaging": Averaging(), "lasso 0.01": Lasso(0.01)}
@@ -57,7 +58,7 @@ def rivals(family: FunctionFamily) -> Rivals:
         # Rate and number of steps as in the appendix of Garg et al., 2022.
         adam = Fixed("adam", (("learning_rate", 5e-3),))
         model = Network(widths=(family.hidden,), bias=False)
-        network = TrainFromScratch(model, adam, steps=1000, batch_size=10)
+        network = TrainFromScratch(model, adam, steps=5000, batch_size=10)
         traced["network, Adam"] = network.predictor()
     if isinstance(family, DecisionTrees) and importlib.util.find_spec("sklearn"):
         host = {
@@ -66,6 +67,13 @@ def rivals(family: FunctionFamily) -> Rivals:
             "boosting": GradientBoosting(),
         }
     return Rivals(traced, host)
+
+
+def tested(family: FunctionFamily) -> FunctionFamily:
+    """Returns the family to test on: classes and images that training left out."""
+    if isinstance(family, ImageEpisodes | ProjectedImages):
+        return dataclasses.replace(family, split="test")
+    return family
 
 
 def unseen(family: FunctionFamily) -> dict[str, FunctionFamily]:

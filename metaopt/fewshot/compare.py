@@ -158,15 +158,20 @@ def _run(family, predictor, episodes: Episode, keys):
     return errors, seconds / len(keys), flops
 
 
+# One function for all calls: families of the same shapes share a compiled program.
+@jax.jit
+def _vectorised(predictor, arguments):
+    return jax.vmap(predictor)(*arguments)
+
+
 def _run_compiled(predictor, arguments):
     # As a pytree: the weights of a learner are arguments, not constants to compile.
     if not isinstance(predictor, jax.tree_util.Partial):
         predictor = jax.tree_util.Partial(predictor)
-    vectorised = lambda predictor, arguments: jax.vmap(predictor)(*arguments)
-    run = jax.jit(vectorised).lower(predictor, arguments).compile()
+    jax.block_until_ready(_vectorised(predictor, arguments))
     seconds = []
     for _ in range(_TIMINGS):
         start = time.perf_counter()
-        prediction = jax.block_until_ready(run(predictor, arguments))
+        prediction = jax.block_until_ready(_vectorised(predictor, arguments))
         seconds.append(time.perf_counter() - start)
     return prediction, min(seconds)
