@@ -66,7 +66,7 @@ _OTHER_IMAGES = {
     "cifar10-vit": tasks.ImageTransformer("cifar10", width=64, patch_size=4),
 }
 
-_LONG = ("digits-mlp-tanh", "digits-mlp-100x", "digits-conv")
+_LONG = ("digits-mlp-tanh", "digits-conv")
 
 
 def _suite(num_steps: int, *groups: Mapping[str, Task]) -> dict[str, Entry]:
