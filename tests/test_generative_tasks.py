@@ -181,19 +181,10 @@ def test_exact_noise_predictor_gives_the_data_back(std):
 
 @pytest.mark.slow
 def test_all_learn():
-    kwargs = {"num_steps": 400, "learning_rate": 3e-3}
-    for task, metric, low, high in (
-        (tasks.ImageAutoencoder(), "squared_error", 0.5, 2.0),
-        (tasks.ImageVAE(), "elbo", -26.0, -20.0),
-    ):
-        last = trained(task, **kwargs).eval_metrics[metric][:, -1]
-        assert ((low < last) & (last < high)).all()
-    task = tasks.ImageDiffusion()
-    assert (trained(task, **kwargs).eval_loss[:, -1] < 0.25).all()
-
-
-@pytest.mark.slow
-def test_the_generator_comes_nearer_to_the_digits():
-    result = trained(tasks.ImageGAN(), num_steps=1000, learning_rate=1e-3)
-    distance = result.eval_metrics["energy_distance"]
-    assert (distance[:, -1] < 0.7 * distance[:, 0]).all()
+    # The mean image has a squared error of 4.7 and costs 27.1 nats.
+    result = trained(tasks.ImageAutoencoder(), num_steps=400, learning_rate=3e-3)
+    assert (result.eval_metrics["squared_error"][:, -1] < 1.8).all()
+    result = trained(tasks.ImageVAE(), num_steps=400, learning_rate=3e-3)
+    assert (result.eval_metrics["elbo"][:, -1] > -26.0).all()
+    result = trained(tasks.ImageDiffusion(), num_steps=400, learning_rate=1e-3)
+    assert (result.eval_loss[:, -1] < 0.25).all()

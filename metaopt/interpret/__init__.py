@@ -29,6 +29,7 @@ from metaopt.interpret.attention_heads import (
     previous_token_score,
 )
 from metaopt.interpret.cell import Cell, as_optax, embedded_cell, separable_cell
+from metaopt.interpret.critical_points import CriticalPoints, critical_points
 from metaopt.interpret.fixed_points import (
     Components,
     FixedPoints,
@@ -69,6 +70,7 @@ __all__ = [
     "Agreement",
     "Cell",
     "Components",
+    "CriticalPoints",
     "FixedPoints",
     "HeadScores",
     "LangevinRates",
@@ -87,6 +89,7 @@ __all__ = [
     "as_optax",
     "autonomous_schedule",
     "copying_scores",
+    "critical_points",
     "diffusion_exponent",
     "embedded_cell",
     "examine",
