@@ -14,13 +14,37 @@ _COMMAND = "python -m experiments reproduce"
 
 # Name -> (what `--help` says, the module whose `main(out, full)` gives the report).
 PAPERS = {
+    "akyurek": (
+        "which algorithm a transformer runs in context (Akyurek et al., 2023)",
+        "experiments.reproduce.akyurek",
+    ),
     "chaos": (
         "gradients through long unrolls explode (Metz et al., 2021)",
         "experiments.reproduce.chaos",
     ),
+    "garg": (
+        "transformers learn linear functions in context (Garg et al., 2022)",
+        "experiments.reproduce.garg",
+    ),
+    "gpicl": (
+        "many tasks teach a transformer to learn in context (Kirsch et al., 2022)",
+        "experiments.reproduce.gpicl",
+    ),
     "grr": (
         "exponents find the branches of games (Lorraine et al., 2022)",
         "experiments.reproduce.grr",
+    ),
+    "induction-heads": (
+        "heads that copy form at once, in two layers (Olsson et al., 2022)",
+        "experiments.reproduce.induction_heads",
+    ),
+    "maml": (
+        "initial parameters from which one step suffices (Finn et al., 2017)",
+        "experiments.reproduce.maml",
+    ),
+    "maml-landscape": (
+        "when MAML beats training on all functions together (Collins et al., 2022)",
+        "experiments.reproduce.maml_landscape",
     ),
     "noisy-quadratic": (
         "stability regions of nominal and black-box terms (Harrison et al., 2022)",
@@ -38,9 +62,17 @@ PAPERS = {
         "what a recurrent optimizer computes (Maheswaranathan et al., 2021)",
         "experiments.reproduce.reverse_engineering",
     ),
+    "sparse-parity": (
+        "a plateau hides the progress of learning parities (Barak et al., 2022)",
+        "experiments.reproduce.sparse_parity",
+    ),
     "star": (
         "a nominal term keeps a learned optimizer stable (Harrison et al., 2022)",
         "experiments.reproduce.star",
+    ),
+    "von-oswald": (
+        "linear attention becomes gradient descent (von Oswald et al., 2023)",
+        "experiments.reproduce.von_oswald",
     ),
 }
 

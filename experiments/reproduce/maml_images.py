@@ -1,0 +1,104 @@
+"""MAML on image episodes: Omniglot where it is prepared, the digits elsewhere.
+
+Finn et al., 2017, section 5.2: five classes, one example of each. The network is the
+paper's one without convolutions in a smaller size and without batch normalisation; the
+published accuracies are with batch statistics of the whole set of questions, so they
+are transductive.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+
+from experiments.config import Outer
+from experiments.reproduce.few_shot_training import FewShotTraining, train
+from metaopt.estimators import FullUnroll
+from metaopt.fewshot import (
+    ANIL,
+    MAML,
+    FirstOrderMAML,
+    LogisticRegression,
+    NearestNeighbours,
+    Network,
+    TrainFromScratch,
+    compare,
+)
+from metaopt.optimizers import Fixed
+from tasks import data
+from tasks.episodes import ImageEpisodes
+
+_PUBLISHED = "89.7 (without convolutions)"
+# Outer steps, hidden layers and episodes, by whether this is the size for a GPU.
+SIZES = {False: (1000, (128, 64), 600), True: (60_000, (256, 128, 64, 64), 2000)}
+
+
+def family_of(dataset: str, split: str) -> ImageEpisodes:
+    """Returns episodes of one image of each of five classes."""
+    train_classes = 100 if dataset == "omniglot" else 5
+    return ImageEpisodes(
+        num_examples=5,
+        num_queries=15,
+        dataset=dataset,
+        train_classes=train_classes,
+        split=split,
+    )
+
+
+def measure(
+    out: pathlib.Path, full: bool
+) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """Trains and measures; returns the table by its title, and a sentence.
+
+    Args:
+        out: folder that keeps what is trained.
+        full: the size meant for a GPU.
+    """
+    ready = {line.name for line in data.status() if line.state == "prepared"}
+    dataset = "omniglot" if "omniglot" in ready else "digits"
+    note = "" if dataset == "omniglot" else f"({data.command('omniglot')} for Omniglot)"
+    num_steps, widths, num_episodes = SIZES[full]
+    model = Network(classes=5, widths=widths)
+    family, test = family_of(dataset, "train"), family_of(dataset, "test")
+    learners = {
+        "MAML": MAML(family, model, learning_rate=0.1),
+        "first-order MAML": FirstOrderMAML(family, model, learning_rate=0.1),
+        "ANIL": ANIL(family, model, learning_rate=0.1),
+    }
+    predictors: dict[str, Any] = {}
+    outer = Outer("adam", 1e-3, schedule="cosine", clip_norm=10.0)
+    for name, learner in learners.items():
+        estimator = FullUnroll(learner, num_tasks=16, block=16, remat=False)
+        piece = min(100, num_steps)
+        plan = FewShotTraining(estimator, outer, num_steps, piece=piece)
+        slug = name.lower().replace(" ", "-")
+        path = out / f"{dataset}-{slug}.npz"
+        theta = train(plan, path, f"{name}, {dataset}").theta
+        theta = jax.tree.map(lambda x: x[0], theta)
+        predictors[name] = learner.predictor(theta)
+        predictors[f"{name}, 5 steps"] = learner.predictor(theta, steps=5)
+    adam = Fixed("adam", (("learning_rate", 1e-3),))
+    predictors["from scratch, Adam"] = TrainFromScratch(model, adam, 50).predictor()
+    predictors["nearest neighbour"] = NearestNeighbours(1)
+    predictors["logistic regression"] = LogisticRegression()
+    found = compare(
+        test, predictors, (5,), jax.random.key(5), num_episodes=num_episodes
+    )
+    rows = [
+        {
+            "predictor": name,
+            "accuracy": 100 * (1 - float(result.mean[0])),
+            "low": 100 * (1 - float(result.high[0])),
+            "high": 100 * (1 - float(result.low[0])),
+            "published, Omniglot": _PUBLISHED if name == "MAML" else None,
+            "ms per episode": 1e3 * float(result.seconds[0]),
+        }
+        for name, result in found.items()
+    ]
+    best = next(row["accuracy"] for row in rows if row["predictor"] == "MAML")
+    near = next(r["accuracy"] for r in rows if r["predictor"] == "nearest neighbour")
+    said = (
+        f"{dataset}, five classes, one example: MAML {best:.1f}%, nearest neighbour "
+        f"{near:.1f}%. {note}"
+    )
+    return {f"{dataset}, unseen classes, accuracy in %": rows}, said.strip()
