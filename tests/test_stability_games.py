@@ -167,6 +167,10 @@ def test_branching_probe_measures_judges_and_draws():
     assert measured["exponents"].shape == (3, 2, 2, 4)
     assert measured["solutions"].shape == (3, 2)
     assert probe.judge(measured, {}).level == Level.PASS
+    # At the factor nearest to 1, the first, most starts end worse than guessing.
+    worse = measured | {"losses": np.full((3, 2, 2), 2.0)}
+    verdict = probe.judge(worse, {})
+    assert verdict.level == Level.FAIL and "as it is, it is lost" in verdict.reason
     lost = measured | {"solutions": np.array([[0, -1]] * 3)}
     assert probe.judge(lost, {}).level == Level.FAIL
     figure = Figure()

@@ -273,11 +273,12 @@ class BranchingProbe(Probe):
         }
 
     def judge(self, measured: Arrays, references: Mapping[str, Arrays]) -> Verdict:
-        """Describes; FAIL only if a branch at the own step size is not finite.
+        """Describes the branches; FAIL if training is lost at the own step size.
 
         The number is the smallest factor on the updates at which half of the starts
         have a late exponent above 0.05, the limit of S5, or a final loss above 1, where
-        guessing gives 0.69.
+        guessing gives 0.69. FAIL if that holds at a factor of 1, the optimizer as it
+        is, or if one of its branches is not finite.
         """
         late, losses = measured["exponents"][..., 3], measured["losses"]
         out = ~(late <= 0.05) | ~(losses <= 1.0)
@@ -295,6 +296,9 @@ class BranchingProbe(Probe):
             else f"Training holds up to {measured['multipliers'][-1]:.3g} times the "
             "updates"
         )
+        own = int(np.argmin(np.abs(np.log(measured["multipliers"]))))
+        if out.mean(axis=(0, 2))[own] >= 0.5:
+            return Verdict(Level.FAIL, factor, 1.0, f"{where}: as it is, it is lost.")
         branches = measured["solutions"].shape[1]
         reason = f"{where}; {branches} branches of a start end in {count} solutions."
         return Verdict(Level.PASS, factor, 1.0, reason)
