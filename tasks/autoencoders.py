@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from metaopt import validate
+from metaopt.baselines import predicts
 from tasks.images import ACTIVATIONS, ImageTask
 
 
@@ -26,6 +27,7 @@ def bernoulli_losses(logits: jax.Array, images: jax.Array) -> jax.Array:
     >>> round(float(loss[0]), 4)
     1.3863
     """
+    logits = predicts(logits, "bernoulli")
     return jnp.sum(optax.losses.sigmoid_binary_cross_entropy(logits, images), axis=-1)
 
 

@@ -17,7 +17,7 @@ PARAMS = {
     "first": {"w": jnp.sin(jnp.arange(12.0)).reshape(3, 4), "b": 0.1 * jnp.ones(4)},
     "last": {"w": jnp.cos(jnp.arange(8.0)).reshape(4, 2), "b": jnp.zeros(2)},
 }
-KINDS = ("categorical", "normal")
+KINDS = ("bernoulli", "categorical", "normal")
 
 
 def _network(params, x, activation=jnp.tanh):
@@ -29,6 +29,9 @@ def _loss(outputs, kind):
     outputs = predicts(outputs, kind)
     if kind == "normal":
         return 0.5 * jnp.mean(jnp.sum((outputs - 1.0) ** 2, axis=-1))
+    if kind == "bernoulli":
+        bits = optax.losses.sigmoid_binary_cross_entropy(outputs, jnp.ones(()))
+        return jnp.mean(jnp.sum(bits, axis=-1))
     labels = jnp.zeros(len(outputs), int)
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
     return losses.mean()
@@ -42,14 +45,16 @@ def _exact_fisher(function, params, kind):
     n, size = outputs.shape
     j = [np.asarray(x, np.float64) for x in jax.tree.leaves(jacobian)]
     j = np.concatenate([x.reshape(n, size, -1) for x in j], axis=-1)
-    p = np.exp(outputs) / np.exp(outputs).sum(-1, keepdims=True)
+    share = lambda x: np.exp(x) / np.exp(x).sum()
+    bit = lambda x: 1.0 / (1.0 + np.exp(-x))
+    curvatures = {
+        "bernoulli": lambda x: np.diag(bit(x) * bit(-x)),
+        "categorical": lambda x: np.diag(share(x)) - np.outer(share(x), share(x)),
+        "normal": lambda x: np.eye(size),
+    }
     total = 0.0
     for i in range(n):
-        h = (
-            np.diag(p[i]) - np.outer(p[i], p[i])
-            if kind == "categorical"
-            else np.eye(size)
-        )
+        h = curvatures[kind](outputs[i])
         total = total + j[i].T @ h @ j[i] / n
     starts = np.cumsum([0, *(x.size for x in leaves)])
     return total, starts

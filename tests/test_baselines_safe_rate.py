@@ -41,6 +41,7 @@ FUNCTIONS = {
     "exps": (lambda x: jnp.exp(x - 1) @ x - jnp.sum(jnp.expm1(0.5 * x)), VECTOR),
     "softplus": (lambda x: jnp.sum(jax.nn.softplus(3.0 * x) * x), VECTOR),
     "sines of a sort": (lambda x: jnp.sum(jnp.tanh(x) * jax.nn.sigmoid(-x)), VECTOR),
+    "pieces": (lambda x: jnp.sum(jnp.split(x, 2)[0] * jnp.split(x**2, 2)[1]), VECTOR),
     "kinks": (lambda x: jnp.sum(jnp.abs(x - 0.5) + jax.nn.relu(x + 1.0)), VECTOR),
     "gelu": (lambda x: jnp.sum(jax.nn.gelu(x) + jax.nn.silu(2.0 * x)), VECTOR),
     "log-sum-exp": (lambda x: jax.nn.logsumexp(x * jnp.arange(4.0)), VECTOR),

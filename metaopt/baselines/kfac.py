@@ -149,18 +149,20 @@ def _seeds(distribution, loss, outputs, key, fisher):
     signs = signs.reshape(examples, *[1] * (outputs.ndim - 1))
     basis = jnp.eye(size, dtype=outputs.dtype)
     basis = basis.reshape(size, *[1] * (outputs.ndim - 1), size)
+    exact = fisher == "exact"
     if distribution == "categorical":
         p = jax.nn.softmax(outputs)
-        if fisher == "exact":
-            shares = jnp.moveaxis(p, -1, 0)[..., None]
-            seeds = jnp.sqrt(shares) * (basis - p)
-        else:
-            labels = jax.random.categorical(label_key, outputs)
-            seeds = (jax.nn.one_hot(labels, size, dtype=outputs.dtype) - p)[None]
-    elif fisher == "exact":
-        seeds = jnp.broadcast_to(basis, (size, *outputs.shape))
+        labels = jax.nn.one_hot(jax.random.categorical(label_key, outputs), size)
+        shares = jnp.moveaxis(p, -1, 0)[..., None]
+        seeds = jnp.sqrt(shares) * (basis - p) if exact else (labels - p)[None]
+    elif distribution == "bernoulli":
+        p = jax.nn.sigmoid(outputs)
+        bits = jax.random.bernoulli(label_key, p)
+        seeds = jnp.sqrt(p * (1.0 - p)) * basis if exact else (bits - p)[None]
     else:
-        seeds = jax.random.normal(label_key, (1, *outputs.shape), outputs.dtype)
+        noise = jax.random.normal(label_key, (1, *outputs.shape))
+        seeds = jnp.broadcast_to(basis, (size, *outputs.shape)) if exact else noise
+    seeds = seeds.astype(outputs.dtype)
     return none(len(seeds)), signs * seeds
 
 

@@ -12,7 +12,7 @@ from metaopt import validate
 from metaopt.baselines import programs
 from metaopt.baselines.programs import Constant, Flat, Step
 
-DISTRIBUTIONS = ("categorical", "normal")
+DISTRIBUTIONS = ("bernoulli", "categorical", "normal")
 _PREFIX = "predicts "
 
 
@@ -22,10 +22,11 @@ def predicts(outputs: jax.Array, distribution: str) -> jax.Array:
     Curvature of the Fisher kind needs to know where a network ends and its loss begins.
 
     Args:
-        outputs: with "categorical" the logits of a softmax over the last axis, with
-            "normal" the means of normal distributions of variance 1, `[N, ..., K]`. The
-            loss is the mean over `N` of the negative log-likelihoods.
-        distribution: "categorical" or "normal".
+        outputs: what parametrises the distributions of the targets, `[N, ..., K]`:
+            logits of independent bits for "bernoulli", logits of a softmax over the
+            last axis for "categorical", means of variance 1 for "normal".
+        distribution: one of these. The loss should be, up to a constant factor, the
+            mean over `N` of the negative log-likelihoods.
 
     >>> predicts(jnp.ones(2), "normal").tolist()
     [1.0, 1.0]

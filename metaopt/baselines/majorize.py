@@ -93,7 +93,7 @@ def _equation(eqn, values, radius):
             "depends on its argument."
         )
     if name in LINEAR:
-        return [_linear(eqn, values)]
+        return _linear(eqn, values)
     if name in remainders.FUNCTIONS:
         return [_function(remainders.FUNCTIONS[name], values[0], radius)]
     if name not in RULES:
@@ -123,8 +123,8 @@ def _linear(eqn, values):
             else (v if part == 0 or not _moves(v) else jnp.zeros_like(v))
             for v in values
         ]
-        parts.append(programs.evaluate(eqn, arguments)[0])
-    return Enclosure(*parts)
+        parts.append(programs.evaluate(eqn, arguments))
+    return [Enclosure(*found) for found in zip(*parts, strict=True)]
 
 
 def _moves(value):
@@ -238,6 +238,7 @@ LINEAR = {
     "rev",
     "select_n",
     "slice",
+    "split",
     "squeeze",
     "transpose",
 }
