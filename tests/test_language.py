@@ -108,15 +108,15 @@ def test_an_untrained_model_is_near_the_uniform_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", [tasks.LanguageRecurrent, tasks.LanguageTransformer])
-def test_models_approach_the_entropy_from_above(task):
-    adam = Fixed("adam", (("learning_rate", 3e-3),))
-    result = curves(task(), adam, (), KEY, num_steps=2000, num_seeds=2, split="test")
+def test_an_lstm_uses_more_than_one_letter():
+    adam = Fixed("adam", (("learning_rate", 1e-2),))
+    task = tasks.LanguageRecurrent()
+    result = curves(task, adam, (), KEY, num_steps=800, num_seeds=2, split="test")
     last = result.eval_loss[:, -1]
-    codes = np.asarray(text.load("markov").train)
+    codes = text.load("markov").train
     pairs = np.zeros((16, 16))
     np.add.at(pairs, (codes[:-1], codes[1:]), 1)
     after_one = pairs / pairs.sum(1, keepdims=True)
     bigram = -(pairs / pairs.sum() * np.log(after_one)).sum()
-    assert (last > CORPORA["markov"].entropy - 0.02).all()
-    assert (last < (bigram + CORPORA["markov"].entropy) / 2).all()
+    assert (last > CORPORA["markov"].entropy).all()
+    assert (last < bigram - 0.8).all()
