@@ -74,6 +74,10 @@ PAPERS = {
         "linear attention becomes gradient descent (von Oswald et al., 2023)",
         "experiments.reproduce.von_oswald",
     ),
+    "zenke": (
+        "a path integral keeps what earlier tasks need (Zenke et al., 2017)",
+        "experiments.reproduce.zenke",
+    ),
 }
 
 
