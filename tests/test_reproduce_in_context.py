@@ -1,0 +1,80 @@
+"""The reproductions `garg` and `akyurek`: references by hand, and whole, tiny."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.config import Outer
+from experiments.reproduce import akyurek, garg
+from metaopt.fewshot import Growth, Points, Transformer
+from metaopt.interpret import Probe
+from tasks.linear_families import Linear
+
+
+def test_reference_weights_solve_every_prefix():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3))
+    y = jax.random.normal(jax.random.key(1), (2, 5, 1))
+    found = akyurek.reference_weights(
+        Points(x, y), jnp.array([0.5, 2.0]), jnp.array([0.1])
+    )
+    assert found.ridge.shape == (2, 2, 5, 3)
+    for b in range(2):
+        for k in range(5):
+            a, t = np.asarray(x[b, :k], float), np.asarray(y[b, :k, 0], float)
+            exact = np.linalg.pinv(a) @ t
+            ridge = np.linalg.solve(a.T @ a + 2.0 * np.eye(3), a.T @ t)
+            got = found.least_squares[b, k], found.ridge[1, b, k]
+            np.testing.assert_allclose(got[0], exact, atol=2e-4)
+            np.testing.assert_allclose(got[1], ridge, atol=1e-5)
+            descent = found.descent[0, b, k]
+            np.testing.assert_allclose(descent, 0.1 * a.T @ t, atol=1e-5)
+
+
+def test_akyurek_runs_and_reads_what_it_has_trained(tmp_path, monkeypatch):
+    tiny = akyurek.SMALL._replace(
+        dim=2,
+        examples=3,
+        width=8,
+        depths=(1,),
+        noisy=(akyurek.Model(1, 0.5),),
+        num_steps=50,
+        control_steps=50,
+        probe=Probe(hidden=4, steps=5),
+        prompts=64,
+    )
+    monkeypatch.setattr(akyurek, "SMALL", tiny)
+    report = akyurek.main(tmp_path, full=False)
+    assert (tmp_path / "akyurek.png").stat().st_size > 1000
+    again = lambda *_: pytest.fail("probed again")
+    monkeypatch.setattr(akyurek, "probed", again)
+    assert akyurek.main(tmp_path, full=False)["tables"] == report["tables"]
+    (depth,) = report["tables"]["Mean squared difference by depth, no noise"]
+    assert depth["ridge, best"] <= depth["ridge 0.1"]
+    # Before it has learned anything the model predicts zeros: a step of rate zero.
+    assert depth["nearest"] == "descent, best rate"
+
+
+def test_garg_runs_and_its_baselines_are_exact(tmp_path, monkeypatch):
+    tiny = garg.Scale(
+        Linear(4, 1, dim=2, dims=Growth(1, 1, 20)),
+        Transformer(1, 1, 8),
+        Outer("adam", 1e-3),
+        50,
+        Growth(2, 1, 10),
+    )
+    monkeypatch.setattr(garg, "scales", lambda full: {"linear": tiny})
+    report = garg.main(tmp_path, full=False)
+    assert (tmp_path / "garg.png").stat().st_size > 1000
+    rows = report["tables"]["Baselines against their exact errors"]
+    for row in rows:
+        assert row["least squares"] == pytest.approx(row["exact"], abs=0.12)
+        assert row["averaging"] == pytest.approx(row["exact "], rel=0.25)
+
+
+def test_full_sizes_are_those_of_the_papers():
+    full = garg.scales(full=True)
+    assert set(full) == {"linear", "sparse-linear", "decision-tree", "relu-network"}
+    assert garg.plan_of(full["linear"]).num_steps == 500_000
+    assert akyurek.PUBLISHED.depths[-1] == 16
+    assert akyurek.PUBLISHED.noisy[1].ratio == pytest.approx(1 / 9)
