@@ -9,7 +9,7 @@ import pytest
 import tasks
 from metaopt import evaluate
 from metaopt.baselines import Baseline, kfac
-from metaopt.baselines.kfac import curvature
+from metaopt.baselines.fisher import curvature
 from metaopt.baselines.layers import predicts, tap
 
 KEY = jax.random.key(0)
