@@ -181,11 +181,11 @@ def test_command_resumes(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_tied_layers_match_gd_plus_plus(tmp_path):
-    run = von_oswald.Run(2, True, 3000, 512, 1e-3, 1)
+    run = von_oswald.Run(2, True, 5000, 512, 1e-3, 1)
     key = (2, True, True)
     steps = von_oswald.optimum(tmp_path, key, 4000).steps
     written = {key: von_oswald.weights_of(steps, True)}
     done = von_oswald.course(tmp_path, run, written, 2048)
     row = von_oswald.against(run, done, written, draw(4096, KEY))[0]
-    assert row["ratio"] < 1.02
+    assert row["ratio"] < 1.05
     assert row["cosine"] > 0.99

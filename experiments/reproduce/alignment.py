@@ -24,13 +24,14 @@ from tasks.linear_families import Linear
 
 DIM = 10
 HALF_WIDTH = 0.5
+CLIP = 10.0  # of the tokens of deep models, as in the paper
 SHARES = np.linspace(0.0, 1.0, 11)
 FAMILY = Linear(num_examples=DIM, num_queries=1, dim=DIM, input_range=HALF_WIDTH)
 
 
 def model_of(layers: int, tied: bool = True, damping: float = 1.0) -> LinearAttention:
-    """Returns the model; deep ones clip their tokens, as the paper's do."""
-    clip = 10.0 if layers > 2 else None
+    """Returns the model; those deeper than two layers clip their tokens."""
+    clip = CLIP if layers > 2 else None
     return LinearAttention(
         DIM + 1, layers=layers, tied=tied, clip=clip, damping=damping
     )
@@ -129,13 +130,17 @@ def mixed_inputs(count: int, key: jax.Array) -> Points:
 def roll_out(
     theta: AttentionWeights, points: Points, damping: float | jax.Array, times: int
 ) -> jax.Array:
-    """Returns the loss each time that a layer is applied once more, `[times]`."""
+    """Returns the loss each time that a layer is applied once more, `[times]`.
+
+    Tokens are clipped: without, the loss of a trained layer explodes at the first odd
+    task, since small errors of its weights are multiplied by each other.
+    """
     once = model_of(1)
     y = points.y[:, -1, 0]
 
     def again(stream, _):
         after = jax.vmap(lambda t: once.stream(theta, t, causal=False))(stream)
-        stream = stream + damping * (after - stream)
+        stream = jnp.clip(stream + damping * (after - stream), -CLIP, CLIP)
         return stream, 0.5 * jnp.mean(jnp.square(-stream[:, -1, -1] - y))
 
     start = jax.vmap(Paired().tokens)(*points)

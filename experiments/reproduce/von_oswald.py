@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from experiments.reproduce import two_tokens, von_oswald_plots
+from experiments.reproduce import von_oswald_tables as tables
 from experiments.reproduce.alignment import (
     DIM,
     HALF_WIDTH,
@@ -29,7 +30,6 @@ from experiments.reproduce.course import Course, kept, train
 from experiments.reproduce.descent_optima import (
     Optimum,
     Steps,
-    best_step,
     best_steps,
     spectra,
 )
@@ -165,13 +165,18 @@ def reproduce(out: pathlib.Path, size: Size) -> dict[str, Any]:
         for rule, key in _rules(run, written).items()
     }
     copying = two_tokens.reproduce(out, size.copying)
-    von_oswald_plots.draw(out, courses, optima, outside, rolled, between)
+    levels = {
+        (run.name, rule): float(_loss(written[key], _few(size.tasks), run.layers))
+        for run in _first_seeds(courses)
+        for rule, key in _rules(run, written).items()
+    }
+    von_oswald_plots.draw(out, courses, levels, optima, outside, rolled, between)
     return {
         "claim": CLAIM,
         "paper": PAPER,
-        "ours": summary(rows, optima),
+        "ours": tables.summary(rows, optima),
         "tables": {
-            "Best steps": optima_table(optima),
+            "Best steps": tables.optima_table(optima),
             f"Trained and written weights, {size.tasks:,} tasks": rows,
             "Losses on the way between trained and written weights": [
                 {
@@ -183,10 +188,10 @@ def reproduce(out: pathlib.Path, size: Size) -> dict[str, Any]:
                 }
                 for name, losses in between.items()
             ],
-            "Out of distribution, loss over that of the answer 0": outside_table(
+            "Out of distribution, loss over that of the answer 0": tables.outside_table(
                 outside
             ),
-            "The layer applied again and again": rolled_table(rolled),
+            "The layer applied again and again": tables.rolled_table(rolled),
             **copying,
         },
     }
@@ -237,7 +242,7 @@ def course(
     tasks: int,
 ) -> Course:
     """Trains one model, and compares it with the written ones on the way."""
-    points = draw(min(tasks, 2048), jax.random.fold_in(_TEST, 1))
+    points = _few(tasks)
 
     @jax.jit
     def measure(theta):
@@ -257,6 +262,11 @@ def course(
         every=max(run.steps // 50, 1),
         measure=measure,
     )
+
+
+def _few(tasks: int) -> Points:
+    """Draws the prompts for measurements during training."""
+    return draw(min(tasks, 2048), jax.random.fold_in(_TEST, 1))
 
 
 _loss = jax.jit(loss_of, static_argnums=2)
@@ -290,66 +300,3 @@ def _first_seeds(courses: dict[Run, Course]) -> list[Run]:
     for run in courses:
         first.setdefault(run.name, run)
     return list(first.values())
-
-
-def optima_table(optima: dict[tuple[int, bool, bool], Optimum]) -> list[dict[str, Any]]:
-    """Returns a row per kind of steps; sizes are those for the mean of the examples."""
-    show = lambda sizes, tied: ", ".join(
-        f"{x:.3g}" for x in (sizes[:1] if tied else sizes)
-    )
-    return [
-        {
-            "steps": count,
-            "rule": ("GD++" if whiten else "GD") + ("" if tied else ", untied"),
-            "loss": found.loss,
-            "step sizes": show(DIM * found.steps.rates, tied),
-            "whitening": show(found.steps.whitening, tied) if whiten else "-",
-        }
-        for (count, tied, whiten), found in optima.items()
-    ]
-
-
-def outside_table(outside) -> list[dict[str, Any]]:
-    """Returns every fifth scale, or so, of the tests out of distribution."""
-    return [
-        {
-            "test": name,
-            "scale": float(scales[i]),
-            **{kind: float(losses[i]) for kind, losses in pair.items()},
-        }
-        for name, (scales, pair) in outside.items()
-        for i in np.linspace(0, len(scales) - 1, 4).astype(int)
-    ]
-
-
-def rolled_table(rolled) -> list[dict[str, Any]]:
-    """Returns the lowest and the last loss, and whether it never rose."""
-    return [
-        {
-            "model": name,
-            "damping": damping,
-            "lowest": float(np.nanmin(losses)),
-            "after 50": float(losses[-1]),
-            "never rose": str(bool(np.all(np.diff(losses) < 1e-6))),
-        }
-        for (name, damping), losses in rolled.items()
-    ]
-
-
-def summary(rows: list[dict[str, Any]], optima: dict[Any, Optimum]) -> str:
-    """Says in a few sentences what came out."""
-    parts = [
-        f"{row['layers']} layers, seed {row['seed']}: {row['trained']:.4f}, "
-        f"{row['rule']} {row['its loss']:.4f}, cosine {row['cosine']:.4f}."
-        for row in rows
-    ]
-    exact = best_step(DIM, DIM, HALF_WIDTH)
-    parts.append(
-        f"Exact loss of the best step {exact[1]:.4f}, size {DIM * exact[0]:.2f}."
-    )
-    if plus := optima.get((2, True, True)):
-        parts.append(
-            f"Best two steps of GD++: {plus.loss:.4f}, whitening "
-            f"{plus.steps.whitening[0]:.3f}."
-        )
-    return " ".join(parts)

@@ -14,17 +14,28 @@ from experiments.reproduce.figure import COLOURS, figure
 def draw(
     out: pathlib.Path,
     courses: Mapping[Any, Course],
+    levels: Mapping[tuple[str, str], float],
     optima: Mapping[tuple[int, bool, bool], Optimum],
     outside: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]],
     rolled: Mapping[tuple[str, float], np.ndarray],
     between: Mapping[str, np.ndarray],
 ) -> None:
-    """Writes `training.png`, `beyond.png`."""
+    """Writes `training.png` and `beyond.png`.
+
+    Args:
+        out: the folder.
+        courses: trainings by run.
+        levels: losses on the tasks of the courses, by the run's name and the rule.
+        optima: best steps by number, whether tied, whether whitening.
+        outside: see `alignment.out_of_distribution`.
+        rolled: losses by model and damping.
+        between: losses on the way, by name.
+    """
     kinds = list(dict.fromkeys(run.name for run in courses))
     with figure(out / "training.png", 2, len(kinds), panel=(5.2, 3.4)) as axes:
         for i, kind in enumerate(kinds):
             same = {run: c for run, c in courses.items() if run.name == kind}
-            _losses(axes[i], kind, same, optima)
+            _losses(axes[i], kind, same, levels)
             _cosines(axes[len(kinds) + i], same)
     with figure(out / "beyond.png", 2, 3, panel=(5.0, 3.6)) as axes:
         _outside(axes[:3], outside)
@@ -33,17 +44,13 @@ def draw(
         _optima(axes[5], optima)
 
 
-def _losses(axis, kind, courses, optima) -> None:
-    for run, course in courses.items():
-        label = "trained, seeds" if run == next(iter(courses)) else None
+def _losses(axis, kind, courses, levels) -> None:
+    for i, course in enumerate(courses.values()):
+        label = None if i else "trained, all seeds"
         axis.plot(course.steps, course.measured["loss"], COLOURS[0], label=label)
-    run = next(iter(courses))
-    for colour, (name, whiten) in zip(
-        COLOURS[1:], (("best GD", False), ("best GD++", True)), strict=False
-    ):
-        found = optima.get((run.layers, run.tied, whiten))
-        if found and (run.layers > 1 or not whiten):
-            axis.axhline(found.loss, color=colour, ls="--", label=name)
+    rules = {rule: level for (name, rule), level in levels.items() if name == kind}
+    for colour, (rule, level) in zip(COLOURS[1:], rules.items(), strict=False):
+        axis.axhline(level, color=colour, ls="--", label=f"best {rule}, same tasks")
     axis.set(title=f"{kind}: loss", xlabel="steps of training", ylabel="loss")
     axis.set_ylim(0, None)
     axis.legend(frameon=False)
@@ -69,6 +76,8 @@ def _outside(axes, outside) -> None:
         axis.set(title=name, xlabel="scale", ylabel="loss over that of the answer 0")
         if max(max(losses) for losses in pair.values()) > 10:
             axis.set_yscale("log")
+        else:
+            axis.set_ylim(0, None)
         axis.legend(frameon=False)
 
 
