@@ -1,17 +1,23 @@
-"""Healthy optimizers pass the quick suite; broken ones fail what names their fault."""
+"""Healthy optimizers pass every probe; broken ones fail what names their fault."""
 
 import pytest
 
 from metaopt.stability import field
 from metaopt.stability.probe import Level
-from metaopt.stability.suite import QUICK, run_suite
+from metaopt.stability.suite import PROBES, run_suite
 
 NAMED = {
-    "sgd, learning rate twice over the bound": ("S1", "S2", "S3", "S7", "S8", "S14"),
-    "sgd, sign flipped": ("S1", "S2", "S3", "S7", "S8", "S9", "S10", "S13", "S14"),
-    "momentum above 1": ("S1", "S3", "S5", "S7", "S8", "S9", "S10", "S13"),
+    "sgd, learning rate twice over the bound": (
+        "S1", "S2", "S3", "S4", "S7", "S8", "S14", "S17",
+    ),
+    "sgd, sign flipped": (
+        "S1", "S2", "S3", "S7", "S8", "S9", "S10", "S13", "S14", "S16", "S17",
+    ),
+    "momentum above 1": (
+        "S1", "S3", "S5", "S7", "S8", "S9", "S10", "S13", "S16", "S17",
+    ),
     "SmallFC, untrained": ("S1", "S5", "S7", "S8", "S9", "S10"),
-}
+}  # fmt: skip
 
 # Cells of the matrix that take seconds.
 FAST = (
@@ -25,7 +31,7 @@ FAST = (
 
 def test_every_broken_optimizer_has_a_probe_that_names_its_fault():
     assert set(NAMED) == set(field.broken())
-    assert {code for codes in NAMED.values() for code in codes} <= set(QUICK)
+    assert {code for codes in NAMED.values() for code in codes} <= set(PROBES)
 
 
 @pytest.mark.parametrize(("name", "code", "level"), FAST)
@@ -36,11 +42,13 @@ def test_decisive_cells(name, code, level):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", QUICK)
+@pytest.mark.parametrize("code", PROBES)
 @pytest.mark.parametrize("name", field.references())
 def test_references_pass(name, code):
     (result,) = run_suite(field.references()[name], probes=[code]).results
-    assert result.verdict.level is Level.PASS, result.verdict.reason
+    # Only learned rules have inputs to be at home in.
+    level = Level.NA if code == "S15" else Level.PASS
+    assert result.verdict.level is level, result.verdict.reason
 
 
 @pytest.mark.slow
