@@ -253,7 +253,7 @@ class Ranking:
         speed = _estimate(self.pooled("speed_ups", name, self.modes[0]))
         value = speed and speed.value
         met = None if value is None else value >= 1.5
-        text = f"interquartile mean over {over}"
+        text = f"interquartile mean over {over}, cut at {max(REFERENCE_HORIZONS):g}"
         made.append(Target(name, "speed-up", value, 1.5, met, text))
         lines = [s for x in self.standings.values() for s in x if s.contender == name]
         lost, runs = (sum(getattr(x, n) for x in lines) for n in ("diverged", "runs"))
