@@ -46,7 +46,7 @@ TINY = von_oswald.Size(
 
 
 def random_weights(layers, seed=0):
-    """Returns attention near to descent, of two heads' worth of noise."""
+    """Returns attention near to descent, with noise on all weights."""
     theta = descent_weights(DIM, jnp.full(layers, 0.5))
     keys = iter(jax.random.split(jax.random.key(seed), 4))
     noise = lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape)

@@ -29,12 +29,10 @@ SHARES = np.linspace(0.0, 1.0, 11)
 FAMILY = Linear(num_examples=DIM, num_queries=1, dim=DIM, input_range=HALF_WIDTH)
 
 
-def model_of(layers: int, tied: bool = True, damping: float = 1.0) -> LinearAttention:
+def model_of(layers: int, tied: bool = True) -> LinearAttention:
     """Returns the model; those deeper than two layers clip their tokens."""
     clip = CLIP if layers > 2 else None
-    return LinearAttention(
-        DIM + 1, layers=layers, tied=tied, clip=clip, damping=damping
-    )
+    return LinearAttention(DIM + 1, layers=layers, tied=tied, clip=clip)
 
 
 def learner_of(layers: int, tied: bool = True, batch: int = 1) -> InContext:
