@@ -128,24 +128,21 @@ def ridge_program(dim: int, num_examples: int = 1, *, strength: float = 1.0) -> 
     validate.integer("dim", dim)
     validate.integer("num_examples", num_examples)
     validate.number("strength", strength, low=0.0, open_low=True)
-    square = dim * dim
     rows, num_rows = _allocate(
         y=1,
         x=dim,
-        inverse=square,
+        inverse=dim * dim,
         moment=dim,
         product=dim,
         left=dim,
         right=dim,
-        outer=square,
-        quotient=square,
+        outer=dim * dim,
+        quotient=dim * dim,
         divisor=1,
         w=dim,
         answer=1,
     )
-    y, x, inverse, moment, product, left, right, outer, quotient, divisor, w, answer = (
-        rows
-    )
+    _, x, inverse, moment, *_, w, answer = rows
     learned = Rows(inverse.start, inverse.size + moment.size)
     flat = tuple(float(v) for v in (np.eye(dim) / strength).ravel())
     chain: list[Operation] = [Affine(inverse, bias=flat)]
@@ -154,25 +151,41 @@ def ridge_program(dim: int, num_examples: int = 1, *, strength: float = 1.0) -> 
         chain.append(Move(x, x, column - 1, column))
         if i:
             chain.append(Move(learned, learned, column - 2, column))
-        chain += [
-            Multiply(product, x, y, (dim, 1, 1)),
-            Multiply(left, inverse, x, (dim, dim, 1)),
-            Multiply(right, x, inverse, (1, dim, dim)),
-            Multiply(outer, left, right, (dim, 1, dim)),
-            Multiply(divisor, right, x, (1, dim, 1)),
-            Affine(divisor, (Term(divisor, _eye(1)),), bias=(1.0,)),
-            Divide(quotient, outer, divisor.start),
-            Affine(
-                inverse,
-                (Term(inverse, _eye(square)), Term(quotient, _eye(square, -1.0))),
-            ),
-            Affine(moment, (Term(moment, _eye(dim)), Term(product, _eye(dim)))),
-        ]
+        chain += _sherman_morrison(dim, *rows[:-2])
     chain.append(Multiply(w, inverse, moment, (dim, dim, 1)))
     chain += _question(w, x, answer, num_examples)
     return Program(
         tuple(chain), num_rows, 2 * num_examples + 1, (answer.start, 2 * num_examples)
     )
+
+
+def _sherman_morrison(
+    dim: int,
+    y: Rows,
+    x: Rows,
+    inverse: Rows,
+    moment: Rows,
+    product: Rows,
+    left: Rows,
+    right: Rows,
+    outer: Rows,
+    quotient: Rows,
+    divisor: Rows,
+) -> list[Operation]:
+    """Returns how one example changes the inverse and the moment `X^T y`."""
+    square = dim * dim
+    minus = Term(quotient, _eye(square, -1.0))
+    return [
+        Multiply(product, x, y, (dim, 1, 1)),
+        Multiply(left, inverse, x, (dim, dim, 1)),
+        Multiply(right, x, inverse, (1, dim, dim)),
+        Multiply(outer, left, right, (dim, 1, dim)),
+        Multiply(divisor, right, x, (1, dim, 1)),
+        Affine(divisor, (Term(divisor, _eye(1)),), bias=(1.0,)),
+        Divide(quotient, outer, divisor.start),
+        Affine(inverse, (Term(inverse, _eye(square)), minus)),
+        Affine(moment, (Term(moment, _eye(dim)), Term(product, _eye(dim)))),
+    ]
 
 
 def interpreted(build: Callable[[int, int], Program]) -> Predictor:
