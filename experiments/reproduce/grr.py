@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.reproduce import grr_dilemma
 from metaopt._files import write_atomically
 from metaopt.stability.branching import (
     Branches,
@@ -90,8 +91,6 @@ PLANE = (
     Setting("mixture, lookahead", Mixture(), 1.0, 1.0),
     Setting("random subspace, lookahead", SubspaceDilemma(), 1.0, 1.0),
 )
-# Pushes of half a logit from the origin find no defection; those of two do.
-DILEMMA = Setting("dilemma, lookahead", Dilemma(), 5.0, 5.0, k=10, size=2.0)
 # Starts in the plane lie between minus and plus this many logits.
 _HALF_WIDTH = 5.0
 
@@ -102,13 +101,11 @@ def step_of(setting: Setting):
 
 
 def starts(setting: Setting, points: int) -> jax.Array:
-    """Returns where to measure exponents, `[points, points, dim]`.
+    """Returns where to measure exponents, `[points, points, 2]`.
 
-    A square in the plane, on which player 1 goes across; in more dimensions only the
-    origin, where both players toss coins.
+    A square in the plane, on which player 1 goes across.
     """
-    if setting.game.dim > 2:
-        return jnp.zeros((1, 1, setting.game.dim))
+    del setting
     line = jnp.linspace(-_HALF_WIDTH, _HALF_WIDTH, points)
     return jnp.stack(jnp.meshgrid(line, line), axis=-1)
 
@@ -131,54 +128,34 @@ def explore(setting: Setting, grid: jax.Array, n_dirs: int, length: int) -> Expl
     )
 
 
-def outcome(losses: np.ndarray, policies: np.ndarray) -> str:
-    """Names what two players of a dilemma do.
-
-    Tit for tat: both earn nearly what cooperation gives (a loss of 1), and answer a
-    defection by defection more often than not. Defection: nearly a loss of 2.
-
-    Args:
-        losses: of both, `[2]`.
-        policies: their chances to cooperate at first, and after CC, CD, DC, DD,
-            `[2, 5]`.
-
-    >>> play = np.array([[1.0, 1, 0, 1, 0]] * 2)
-    >>> outcome(np.array([1.0, 1.0]), play), outcome(np.array([2.0, 2.0]), 0 * play)
-    ('tit for tat', 'defect')
-    """
-    if not np.all(np.isfinite(losses)):
-        return "diverged"
-    if np.all(losses < 1.2):
-        return "tit for tat" if np.all(policies[:, 2] < 0.5) else "cooperate"
-    return "defect" if np.all(losses > 1.8) else "other"
-
-
 def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
     """Measures and plots; see `experiments.reproduce.command`."""
-    points, length = (201, 2000) if full else (41, 400)
+    points, length, count = (201, 2000, 20) if full else (41, 400, 5)
     found = {}
     with jax.enable_x64(True):
         for setting in PLANE:
             found[setting] = explore(setting, starts(setting, points), 2, length)
-        found[DILEMMA] = explore(DILEMMA, starts(DILEMMA, points), 10, length)
+        keys = jax.random.split(jax.random.key(0), count)
+        draws = [grr_dilemma.explore(2000, key) for key in keys]
+        draws = [jax.tree.map(np.asarray, draw) for draw in draws]
+        outcomes = grr_dilemma.table(draws)
     found = {s: jax.tree.map(np.asarray, x) for s, x in found.items()}
     draw(out / "exponents.png", found)
     table = [_branch_row(*pair) for pair in found.items()]
     return {
         "claim": CLAIM,
         "paper": PAPER,
-        "ours": _summary(table),
+        "ours": _summary(table) + " " + grr_dilemma.summary(outcomes),
         "tables": {
             "Largest exponents": [_map_row(*x) for x in found.items()],
             "Branches from the start with the largest exponent": table,
-            "Ends in the full dilemma": _ends_table(found[DILEMMA]),
+            f"Outcomes of the full dilemma, {count} draws": outcomes,
         },
     }
 
 
 def _map_row(setting: Setting, found: Explored) -> dict[str, Any]:
     values = found.exponents
-    plane = setting.game.dim == 2
     pennies = isinstance(setting.game, MatchingPennies) and not setting.ahead
     middle = len(values) // 2
     return {
@@ -188,7 +165,7 @@ def _map_row(setting: Setting, found: Explored) -> dict[str, Any]:
         "smallest": float(np.nanmin(values)),
         "median": float(np.nanmedian(values)),
         "largest": float(np.nanmax(values)),
-        "at": f"({found.start[0]:+.2f}, {found.start[1]:+.2f})" if plane else "0",
+        "at": f"({found.start[0]:+.2f}, {found.start[1]:+.2f})",
         "at the origin": float(values[middle, middle]),
         # Its linear part turns by the slope 1/4 that each player has on the other.
         "closed form": math.log(abs(1 + 0.25j * setting.rate)) if pennies else None,
@@ -199,7 +176,7 @@ def _kinds(setting: Setting, found: Explored) -> list[str]:
     if not isinstance(setting.game, Dilemma):
         return []
     pairs = zip(found.losses, found.policies, strict=True)
-    return [outcome(*pair) for pair in pairs]
+    return [grr_dilemma.outcome(*pair) for pair in pairs]
 
 
 def _branch_row(setting: Setting, found: Explored) -> dict[str, Any]:
@@ -214,36 +191,17 @@ def _branch_row(setting: Setting, found: Explored) -> dict[str, Any]:
     }
 
 
-def _ends_table(found: Explored) -> list[dict[str, Any]]:
-    rows = []
-    n = len(found.branches.exponents)
-    for i, (losses, policies) in enumerate(
-        zip(found.losses, found.policies, strict=True)
-    ):
-        rows.append(
-            {
-                "branch": f"{'+' if i < n else '-'}{i % n + 1}",
-                "loss 1": float(losses[0]),
-                "loss 2": float(losses[1]),
-                "first, CC, CD, DC, DD of player 1": _list(policies[0]),
-                "of player 2": _list(policies[1]),
-                "kind": outcome(losses, policies),
-            }
-        )
-    return rows
-
-
-def _list(values: np.ndarray) -> str:
-    return " ".join(f"{x:.2f}" for x in values)
-
-
 def _summary(table: list[dict[str, Any]]) -> str:
-    wanted = {"tit for tat", "defect"}
     games = [row for row in table if row["kinds"] != "-"]
-    both = [row["game"] for row in games if wanted <= set(row["kinds"].split(", "))]
+    both = [
+        row["game"]
+        for row in games
+        if set(row["kinds"].split(", ")) >= grr_dilemma.WANTED
+    ]
     return (
         f"From one start each, branching finds both tit for tat and defection in "
-        f"{len(both)} of {len(games)} dilemmas ({', '.join(both) or 'none'})."
+        f"{len(both)} of {len(games)} dilemmas of two parameters "
+        f"({', '.join(both) or 'none'})."
     )
 
 
