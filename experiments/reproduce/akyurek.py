@@ -221,18 +221,16 @@ def differences(learner: InContext, theta: chex.ArrayTree, key: jax.Array):
 def compared(learner: InContext, theta: chex.ArrayTree) -> dict[str, Any]:
     """Returns one row: mean squared differences over fewer examples than dimensions.
 
-    Strength and rate are those that fit the model best.
+    The rate of descent and "strength", that of ridge, are those nearest to the model.
     """
     gaps, error = differences(learner, theta, TEST)
     dim = learner.family.num_features
     mean = Weights(*(np.asarray(g)[..., 1:dim].mean(axis=-1) for g in gaps))
     fixed, searched = mean.ridge[: len(FIXED)], mean.ridge[len(FIXED) :]
     row: dict[str, Any] = {
-        "descent, best rate": float(mean.descent.min()),
+        "descent": float(mean.descent.min()),
         **{f"ridge {s}": float(x) for s, x in zip(FIXED, fixed, strict=True)},
-        "ridge, best": float(searched.min()),
         "least squares": float(mean.least_squares),
-        "rate": RATES[int(mean.descent.argmin())],
         "strength": STRENGTHS[int(searched.argmin())],
         "error at the end": float(error[-1]),
     }
@@ -246,7 +244,7 @@ def phases(scale: Scale, thetas: dict[Model, chex.ArrayTree]) -> list[dict[str, 
         model = Model(layers)
         learner = learner_of(model, scale, scale.prompts)
         row = compared(learner, thetas[model])
-        fixed = ("descent, best rate", *(f"ridge {s}" for s in FIXED), "least squares")
+        fixed = ("descent", *(f"ridge {s}" for s in FIXED), "least squares")
         rows.append(
             {"layers": layers, **row, "nearest": min(fixed, key=row.__getitem__)}
         )

@@ -21,7 +21,7 @@ def draw(
     """Plots differences by depth and by noise, the fit to least squares, the probes."""
     with figure(path, 1, 5, panel=(3.9, 3.6)) as axes:
         depths = [row["layers"] for row in depth_rows]
-        for name in ("descent, best rate", "ridge 0.1", "ridge 0.5", "least squares"):
+        for name in ("descent", "ridge 0.1", "ridge 0.5", "least squares"):
             axes[0].plot(depths, [r[name] for r in depth_rows], marker=".", label=name)
         axes[0].set(xlabel="layers", ylabel="MSPD / d", yscale="log", xscale="log")
         axes[0].set_xticks(depths, map(str, depths))
