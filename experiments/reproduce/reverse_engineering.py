@@ -5,177 +5,100 @@ meta-trained on random quadratics; linearised at its fixed point it is a handful
 momentum modes, near the optimum for the spectrum of the Hessians.
 """
 
-import dataclasses
-import functools
 import io
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import checkpoint, interpret
+from experiments.reproduce.gru_training import (
+    CURVATURE,
+    STEPS,
+    DemoQuadratic,
+    Trained,
+    meta_train_gru,
+    relative_losses,
+)
+from metaopt import interpret
 from metaopt._files import write_atomically
-from metaopt.estimators import FullUnroll
-from metaopt.learner import StepOut, TrainTask
 from metaopt.optimizers import Recurrent
-from metaopt.task import Task
-from metaopt.train import check_progress, meta_init, meta_step
 
-CURVATURE = (1e-3, 1.0)
-STEPS = 201  # inner steps, in meta-training and in all measurements
-SAVE_EVERY = 100
-
-
-class Problem(NamedTuple):
-    """One quadratic `0.5 x^T H x + b^T x + c` whose minimum is 0.
-
-    Attributes:
-        hessian: `H`, `[n, n]`.
-        linear: `b`, `[n]`.
-        constant: `c`, `[]`.
-    """
-
-    hessian: jax.Array
-    linear: jax.Array
-    constant: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class DemoQuadratic(Task):
-    """The quadratics of the paper's public demo, from `x ~ N(0, I)`.
-
-    Log-uniform eigenvalues, a random orthogonal basis and a linear term `b ~ N(0, I)`:
-    in flat directions the minimum is far away.
-
-    Attributes:
-        dim: number of parameters `n`.
-    """
-
-    dim: int = 5
-
-    def sample(self, key):
-        curvature_key, basis_key, linear_key = jax.random.split(key, 3)
-        low, high = jnp.log(jnp.array(CURVATURE))
-        curvatures = jnp.exp(
-            jax.random.uniform(curvature_key, (self.dim,), minval=low, maxval=high)
-        )
-        basis = jax.random.orthogonal(basis_key, self.dim)
-        b = jax.random.normal(linear_key, (self.dim,))
-        constant = 0.5 * jnp.sum((basis.T @ b) ** 2 / curvatures)
-        return Problem((basis * curvatures) @ basis.T, b, constant)
-
-    def init(self, instance, key):
-        return jax.random.normal(key, (self.dim,))
-
-    def loss(self, params, batch, instance, key):
-        form = 0.5 * params @ instance.hessian @ params
-        return form + instance.linear @ params + instance.constant, {}
-
-
-class RelativeState(NamedTuple):
-    """A training run and its first loss `[]`, 0 before the first step."""
-
-    run: chex.ArrayTree
-    first: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Relative:
-    """A learner whose losses are relative to the first loss of its episode.
-
-    Attributes:
-        learner: what is meta-trained.
-    """
-
-    learner: TrainTask
-
-    @property
-    def horizon(self):
-        return self.learner.horizon
-
-    def load(self):
-        return self.learner.load()
-
-    def init_theta(self, key):
-        return self.learner.init_theta(key)
-
-    def reset(self, theta, data, key, *, length):
-        run = self.learner.reset(theta, data, key, length=length)
-        return RelativeState(run, jnp.float32(0.0))
-
-    def step(self, theta, state, data, key):
-        run, out = self.learner.step(theta, state.run, data, key)
-        first = jnp.where(state.first == 0, out.loss, state.first)
-        return RelativeState(run, first), StepOut(out.loss / first, out.weight)
-
-
-def outer_optimizer(decay_every: int) -> optax.GradientTransformation:
-    """Returns the demo's outer optimizer, with its penalty `1e-4 ||theta||`."""
-
-    def penalty(grads, theta):
-        norm = optax.tree.norm(theta)
-        return jax.tree.map(lambda g, t: g + 1e-4 * t / norm, grads, theta)
-
-    rate = optax.exponential_decay(8e-3, decay_every, 0.5)
-    return optax.chain(
-        optax.stateless(penalty), optax.clip(5.0), optax.adam(rate, eps=0.1)
-    )
-
-
-def meta_train_gru(
-    folder: pathlib.Path, *, hidden: int, num_steps: int, num_tasks: int
-) -> tuple[Recurrent, chex.ArrayTree, list[float]]:
-    """Meta-trains by full backprop; goes on from the last checkpoint in `folder`.
-
-    Returns:
-        The rule, its theta, and the relative meta-loss of every outer step.
-    """
-    rule = Recurrent(hidden=hidden, output_scale=1.0)
-    learner = Relative(TrainTask(DemoQuadratic(), rule, horizon=STEPS))
-    estimator = FullUnroll(learner, num_tasks=num_tasks, block=num_tasks)
-    tx = outer_optimizer(max(num_steps // 2, 1))
-    state = meta_init(estimator, tx, (), jax.random.key(0))
-    losses: list[float] = []
-    if checkpoint.latest(folder) is not None:
-        restored = checkpoint.restore(folder, like=state)
-        state, losses = restored.tree, restored.meta["losses"]
-    step = jax.jit(functools.partial(meta_step, estimator, tx, data=()))
-    while (done := int(state.step)) < num_steps:
-        state, metrics = step(state)
-        check_progress(metrics)
-        losses.append(float(metrics["meta_loss"]))
-        if (done + 1) % SAVE_EVERY == 0 or done + 1 == num_steps:
-            checkpoint.save(folder, done + 1, state, meta={"losses": losses}, keep=1)
-    return rule, jax.tree.map(np.asarray, state.theta), losses
+SEEDS = 3  # of meta-training
+PROBLEMS = 128  # on which trained rules are compared
 
 
 def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
-    """Meta-trains, takes the GRU apart, plots; a re-run continues or reads `out`."""
+    """Meta-trains, takes the GRUs apart, plots; a re-run continues or reads `out`."""
     hidden, outer = (64, 2001) if full else (32, 1000)
-    rule, theta, meta_losses = meta_train_gru(
-        out / f"gru-{hidden}", hidden=hidden, num_steps=outer, num_tasks=64
-    )
-    task, seeds = DemoQuadratic(), 128
-    panel = interpret.examine(
-        rule.as_optax(theta), task, jax.random.key(1), num_steps=STEPS, num_seeds=8
-    )
-    rules = {"GRU": rule.as_optax(theta), **hand_designed(jax.random.key(2))}
-    for i, linear in enumerate(panel.linear):
-        name = "GRU, linearised" + (f" at point {i + 1}" if i else "")
-        cell = interpret.linear_cell(linear, np.asarray(panel.cell.start))
-        rules[name] = interpret.as_optax(cell)
-    curves = {
-        name: np.asarray(relative_losses(tx, task, jax.random.key(3), seeds), float)
-        for name, tx in rules.items()
-    }
-    modes, best = mode_table(panel), interpret.optimum(*CURVATURE)
-    draw(out / "reverse-engineering.png", panel, curves, meta_losses)
-    means = {name: np.median(np.mean(x, axis=1)) for name, x in curves.items()}
+    rule, task = Recurrent(hidden=hidden, output_scale=1.0), DemoQuadratic()
+    rules = hand_designed(jax.random.key(2))
+    curves = {name: _curves(tx) for name, tx in rules.items()}
+    rows, modes = [], {}
+    for seed in range(SEEDS):
+        trained = meta_train_gru(
+            out / f"gru-{hidden}-{seed}",
+            rule,
+            num_steps=outer,
+            num_tasks=64,
+            seed=seed,
+        )
+        tx = rule.as_optax(trained.theta)
+        panel = interpret.examine(
+            tx, task, jax.random.key(1), num_steps=STEPS, num_seeds=8
+        )
+        own = {"GRU": _curves(tx)}
+        for linear in panel.linear[:1]:
+            cell = interpret.linear_cell(linear, np.asarray(panel.cell.start))
+            own["GRU, linearised"] = _curves(interpret.as_optax(cell))
+        draw(out / f"seed-{seed}.png", panel, own | curves, trained)
+        modes[seed] = mode_table(panel)
+        rows.append(_row(seed, panel, modes[seed], own, trained))
+        curves |= {f"{name}, seed {seed}": x for name, x in own.items()}
+    return _report(rows, modes, curves, panel)
+
+
+def _curves(tx: optax.GradientTransformation) -> np.ndarray:
+    losses = relative_losses(tx, DemoQuadratic(), jax.random.key(3), PROBLEMS)
+    return np.asarray(losses, float)
+
+
+def _row(seed, panel, modes, curves, trained) -> dict[str, Any]:
+    """Returns what was found in one GRU."""
     first = modes[0] if modes else {}
+    linear = curves.get("GRU, linearised", np.full((1, 2), np.nan))
+    return {
+        "seed": seed,
+        "fixed points": len(panel.rest.points),
+        "momentum": first.get("momentum", np.nan),
+        "learning rate": first.get("learning rate", np.nan),
+        "variance in two components": float(panel.components.cumulative()[1]),
+        "mean loss": _mean_loss(curves["GRU"]),
+        "mean loss, linearised": _mean_loss(linear),
+        "linearised runs that diverge": _diverging(linear),
+        "best validation": min(trained.validation),
+        "last validation": trained.validation[-1],
+    }
+
+
+def _mean_loss(losses: np.ndarray) -> float:
+    return float(np.median(np.mean(losses, axis=1)))
+
+
+def _diverging(losses: np.ndarray) -> float:
+    return float(np.mean(~(losses[:, -1] < 1.0)))
+
+
+def _report(rows, modes, curves, panel) -> dict[str, Any]:
+    best = interpret.optimum(*CURVATURE)
+
+    def told(name: str, form: str = ".3f") -> str:
+        values = [row[name] for row in rows]
+        low, middle, high = np.min(values), np.median(values), np.max(values)
+        return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
     return {
         "claim": (
             "A GRU trained on quadratics acts linearly around one fixed point, whose "
@@ -188,25 +111,29 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
             "gives the comparison as a plot, no table)."
         ),
         "ours": (
-            f"{len(panel.rest.points)} fixed point(s); strongest mode momentum "
-            f"{first.get('momentum', np.nan):.3f}, learning rate "
-            f"{first.get('learning rate', np.nan):.2f}; two components hold "
-            f"{panel.components.cumulative()[1]:.1%} of the variance of the states; "
-            f"mean relative loss {means['GRU']:.3f}, tuned momentum "
-            f"{means['momentum, tuned']:.3f}."
+            f"Medians over {SEEDS} seeds, and ranges: strongest mode momentum "
+            f"{told('momentum')}, learning rate {told('learning rate', '.2f')}; two "
+            f"components hold {told('variance in two components', '.1%')} of the "
+            f"variance of the states; mean relative loss {told('mean loss')}, "
+            f"linearised {told('mean loss, linearised')}, tuned momentum "
+            f"{_mean_loss(curves['momentum, tuned']):.3f}."
         ),
         "tables": {
-            "Modes of the fixed point": modes,
-            f"Mean and final loss over the first loss, {seeds} problems": [
+            "The trained GRUs": rows,
+            **{
+                f"Modes of the fixed point, seed {seed}": table
+                for seed, table in modes.items()
+            },
+            f"Mean and final loss over the first loss, {PROBLEMS} problems": [
                 {
                     "optimizer": name,
-                    "mean (median of runs)": float(np.median(np.mean(x, axis=1))),
-                    "runs that diverge": float(np.mean(~(x[:, -1] < 1.0))),
+                    "mean (median of runs)": _mean_loss(x),
+                    "runs that diverge": _diverging(x),
                     "final (median)": float(np.median(x[:, -1])),
                 }
                 for name, x in curves.items()
             ],
-            "Autonomous schedule": [
+            "Autonomous schedule of the last": [
                 {"step": t, "learning rate": float(panel.schedule[t])}
                 for t in (0, 1, 2, 5, 10, 25, 50, 100, STEPS - 1)
             ],
@@ -234,13 +161,6 @@ def hand_designed(key: jax.Array) -> dict[str, optax.GradientTransformation]:
     }
 
 
-def relative_losses(tx, task: Task, key: jax.Array, seeds: int) -> jax.Array:
-    """Returns losses over the first loss of the run, `[seeds, STEPS]`."""
-    run = lambda k: interpret.record(tx, task, k, num_steps=STEPS).loss
-    losses = jax.jit(jax.vmap(run))(jax.random.split(key, seeds))
-    return losses / losses[:, :1]
-
-
 def mode_table(panel: interpret.Panel, count: int = 8) -> list[dict[str, float]]:
     """Returns the strongest modes of the first fixed point.
 
@@ -264,7 +184,7 @@ def mode_table(panel: interpret.Panel, count: int = 8) -> list[dict[str, float]]
     ]
 
 
-def draw(path: pathlib.Path, panel, curves, meta_losses) -> None:
+def draw(path: pathlib.Path, panel, curves, trained: Trained) -> None:
     """Saves the six plots of the analysis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -279,7 +199,7 @@ def draw(path: pathlib.Path, panel, curves, meta_losses) -> None:
     axes[0].set_ylabel("loss / first loss, median")
     axes[0].set_title("Training")
     inset = axes[0].inset_axes((0.62, 0.62, 0.36, 0.34))
-    inset.plot(meta_losses, linewidth=0.6)
+    inset.plot(trained.losses, linewidth=0.6)
     inset.set(yscale="log", xlabel="outer steps", ylabel="meta-loss")
     axes[0].legend(frameon=False, fontsize="small", loc="lower left")
     _draw_modes(axes[1], panel)
