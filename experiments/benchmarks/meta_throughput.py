@@ -15,6 +15,7 @@ import json
 import pathlib
 import statistics
 import time
+from typing import Any
 
 from experiments import backend
 
@@ -194,7 +195,8 @@ def measure_parts(preset: str, rounds: int) -> list[dict]:
     config, rows = META_TRAIN[preset].build(), []
     mesh = task_mesh(devices_for(config))
     tx = config.outer.transformation(config.num_steps)
-    for part in configs.parts(config.estimator):
+    every_part: list[Any] = list(configs.parts(config.estimator))
+    for part in every_part:
         start = time.perf_counter()
         trainer = make_trainer(part, tx, part.load(), mesh=mesh)
         state, metrics = trainer.step(trainer.init(jax.random.key(0)))

@@ -110,7 +110,7 @@ class Celo2(LearnedOptimizer):
         return updates, Scheduled(inner, state.num_steps)
 
     def _transformation(self, theta, num_steps):
-        rate = self.learning_rate
+        rate: optax.ScalarOrSchedule = self.learning_rate
         if self.schedule == "cosine":
             part = lambda step: jnp.minimum(step / num_steps, 1.0)
             rate = lambda step: (
