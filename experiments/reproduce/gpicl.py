@@ -9,6 +9,7 @@ is smaller here stands at `Scale`.
 
 import dataclasses
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -70,7 +71,8 @@ class Scale:
         num_steps: outer steps.
         learning_rate: of Adam.
         num_tasks: numbers of tasks to try; None for no limit.
-        project_prob: share of free tasks in the biased distribution.
+        project_probs: shares of free tasks in distributions biased towards one task.
+        permute_labels_prob: share of tasks with renamed classes in another one.
     """
 
     dataset: str = "digits"
@@ -85,7 +87,8 @@ class Scale:
     num_steps: int = 2000
     learning_rate: float = 2e-3
     num_tasks: tuple[int | None, ...] = (None, 4, 64)
-    project_prob: float = 0.3
+    project_probs: tuple[float, ...] = (0.3, 0.7)
+    permute_labels_prob: float = 0.3
 
 
 SMALL = Scale()
@@ -142,14 +145,24 @@ def settings(scale: Scale) -> list[Setting]:
         learner = InContext(changed, model, Shifted(), batch_size=scale.batch_size)
         return Setting(name, learner)
 
-    biased = {"project_prob": scale.project_prob}
+    renamed = scale.permute_labels_prob
     counts = {f"{count or 'any'} tasks": count for count in scale.num_tasks}
     return [
         *(
             setting(f"transformer, {name}", transformer, num_tasks=count)
             for name, count in counts.items()
         ),
-        setting("transformer, biased", transformer, **biased),
+        *(
+            setting(
+                f"transformer, one task in {1 - p:.0%}", transformer, project_prob=p
+            )
+            for p in scale.project_probs
+        ),
+        setting(
+            f"transformer, names kept in {1 - renamed:.0%}",
+            transformer,
+            permute_labels_prob=renamed,
+        ),
         setting("fast weights, any tasks", FastWeights(scale.width, scale.heads)),
         setting("LSTM, any tasks", LSTM(scale.width)),
     ]
@@ -189,11 +202,12 @@ def experiment(
         estimator = FullUnroll(learner, num_tasks=1)
         piece = min(50, scale.num_steps)
         plan = FewShotTraining(estimator, outer, scale.num_steps, piece=piece)
-        slug = name.replace(",", "").replace(" ", "-")
+        slug = re.sub("[^A-Za-z0-9]+", "-", name).strip("-")
         run = train(plan, out / f"{slug}.npz", name)
         theta = jax.tree.map(lambda x: jnp.asarray(x[0]), run.theta)
         losses[name] = piece * np.arange(1, run.loss.shape[1] + 1), run.loss[0]
-        seen = dataclasses.replace(learner.family, project_prob=1.0)
+        free: dict[str, Any] = {"project_prob": 1.0, "permute_labels_prob": 1.0}
+        seen = dataclasses.replace(learner.family, **free)
         found = {
             test: accuracy(learner, theta, family)
             for test, family in tests_of(base, others, seen).items()

@@ -11,7 +11,7 @@ from metaopt.fewshot import FunctionFamily, InContext, NearestNeighbours
 from tasks import data
 from tasks.projected_images import ProjectedImages, RandomPairs
 
-PROMPTS = 2048
+PROMPTS = 1024
 _UNSEEN = 2**30
 
 

@@ -191,7 +191,7 @@ def _errors(
 
 
 def rows(found: Found) -> list[dict[str, Any]]:
-    """Returns the mean errors over the seeds, beside those of the replication."""
+    """Returns mean errors of the median seed, beside those of the replication."""
     table = []
     last = STEPS[-1]
     for name, errors in found.items():
@@ -200,14 +200,18 @@ def rows(found: Found) -> list[dict[str, Any]]:
             for steps in STEPS:
                 key = shots, steps
                 # What starts anew takes 100 steps, whatever the column says.
-                known = errors.get(
-                    key, errors.get((shots, 100)) if steps == last else None
-                )
-                row[f"{steps} steps"] = None if known is None else float(known.mean())
+                anew = errors.get((shots, 100)) if steps == last else None
+                known = errors.get(key, anew)
+                row[f"{steps} steps"] = None if known is None else _middle(known)
                 if steps:
                     row[f"replication {steps}"] = REFERENCE.get(name, {}).get(key)
             table.append(row)
     return table
+
+
+def _middle(errors: np.ndarray) -> float:
+    """Returns the median over seeds of the mean error; a seed may have diverged."""
+    return float(np.median(np.nan_to_num(errors.mean(1), nan=np.inf)))
 
 
 def spread(found: Found) -> list[dict[str, Any]]:

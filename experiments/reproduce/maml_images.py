@@ -15,7 +15,6 @@ from experiments.config import Outer
 from experiments.reproduce.few_shot_training import FewShotTraining, train
 from metaopt.estimators import FullUnroll
 from metaopt.fewshot import (
-    ANIL,
     MAML,
     FirstOrderMAML,
     LogisticRegression,
@@ -63,7 +62,6 @@ def measure(
     learners = {
         "MAML": MAML(family, model, learning_rate=0.1),
         "first-order MAML": FirstOrderMAML(family, model, learning_rate=0.1),
-        "ANIL": ANIL(family, model, learning_rate=0.1),
     }
     predictors: dict[str, Any] = {}
     outer = Outer("adam", 1e-3, schedule="cosine", clip_norm=10.0)

@@ -52,7 +52,7 @@ NETWORKS = {
 }
 # Outer steps and seeds, by whether this is the size for a GPU.
 LINEAR_SIZE = {False: (600, 4), True: (4000, 16)}
-NETWORK_SIZE = {False: (2000, 2), True: (20_000, 8)}
+NETWORK_SIZE = {False: (1000, 2), True: (20_000, 8)}
 STUDENT, STUDENT_RATE = Network(widths=(32,)), 0.1
 
 
