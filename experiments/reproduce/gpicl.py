@@ -8,6 +8,7 @@ is smaller here stands at `Scale`.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -260,8 +261,10 @@ def draw(
     losses: dict[str, tuple[np.ndarray, np.ndarray]],
 ) -> None:
     """Plots accuracy over the context and the loss over meta-training."""
+    # More settings than colours: the last ones start again.
+    colours = itertools.cycle(COLOURS)
     with figure(path, 1, 3, panel=(5.5, 4)) as (seen, unseen, training):
-        for colour, (name, found) in zip(COLOURS, curves.items(), strict=False):
+        for (name, found), colour in zip(curves.items(), colours, strict=False):
             for axis, test in ((seen, "seen"), (unseen, "unseen")):
                 axis.plot(found[test], color=colour, label=name)
             training.plot(*losses[name], color=colour, label=name)
