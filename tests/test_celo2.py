@@ -12,6 +12,7 @@ from metaopt.estimators import PES
 from metaopt.learner import TrainTask
 from metaopt.optimizers import Celo2, celo2_adamw, scale_by_celo2
 from metaopt.train import meta_init, meta_step
+from metaopt.weights import load, load_with_info
 from metaopt.weights.store import load_weights, save_weights
 from tasks import TwoMoons
 from tests.test_parity import noisy_theta
@@ -268,6 +269,17 @@ def test_weights_survive_a_file(tmp_path):
     loaded_rule, loaded = load_weights(tmp_path / "theta.safetensors")
     assert loaded_rule == rule
     jax.tree.map(np.testing.assert_array_equal, loaded, theta)
+
+
+def test_bundled_weights_load_with_other_settings():
+    rule, theta, _ = load_with_info("celo2-images")
+    schedule = optax.cosine_decay_schedule(0.01, 4)
+    expected = train(celo2_adamw(theta, schedule, rule=rule, weight_decay=0.1))
+    tx = load("celo2-images", num_steps=4, learning_rate=0.01, weight_decay=0.1)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
+    jax.tree.map(close, train(tx), expected)
+    with pytest.raises(ValueError, match="Did you mean 'learning_rate'"):
+        load("celo2-images", learning_rat=0.01)
 
 
 def test_mistakes_are_named():
