@@ -96,10 +96,9 @@ class Celo2(LearnedOptimizer):
 
     def init(self, theta, params, *, num_steps=None, key=None):
         del key
-        # A cosine that never ends is constant.
-        end = jnp.inf if num_steps is None else num_steps
+        end = 0 if num_steps is None else num_steps
         inner = self._transformation(theta, end).init(_float32(params))
-        return Scheduled(inner, jnp.asarray(end, jnp.float32))
+        return Scheduled(inner, jnp.asarray(end, jnp.int32))
 
     def update(self, theta, grads, state, params, *, value=None, **extra):
         del value, extra
@@ -112,7 +111,9 @@ class Celo2(LearnedOptimizer):
     def _transformation(self, theta, num_steps):
         rate: optax.ScalarOrSchedule = self.learning_rate
         if self.schedule == "cosine":
-            part = lambda step: jnp.minimum(step / num_steps, 1.0)
+            # A cosine that never ends is constant.
+            end = jnp.where(num_steps > 0, num_steps, jnp.inf)
+            part = lambda step: jnp.minimum(step / end, 1.0)
             rate = lambda step: (
                 self.learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * part(step)))
             )
@@ -124,7 +125,7 @@ class Scheduled(NamedTuple):
 
     Attributes:
         inner: state of `celo2_adamw`.
-        num_steps: length of the run in steps, `[]` float32; infinite if not known.
+        num_steps: length of the run in steps, `[]` int32; 0 if not known.
     """
 
     inner: optax.OptState
