@@ -242,3 +242,12 @@ def test_arguments():
             guard(optax.sgd(0.1), **{name: 0})
     with pytest.raises(ValueError, match="must be or hold a GuardState"):
         guard_report(())
+
+
+def test_a_fresh_state_can_be_donated():
+    tx = guard(optax.sgd(0.1))
+    step = jax.jit(
+        lambda state: tx.update(PARAMS, state, PARAMS, value=jnp.float32(1.0))[1],
+        donate_argnums=0,
+    )
+    assert int(step(tx.init(PARAMS)).step) == 1

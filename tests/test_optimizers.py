@@ -271,7 +271,7 @@ class _Nan(Hyper):
     "wrong, message",
     [
         (_Growing("sgd"), "updates .* must be like"),
-        (_Strict("sgd"), "unexpected keyword argument 'unknown'"),
+        (_Strict("sgd"), "unexpected keyword argument 'value_fn'"),
         (_Nan("sgd"), "the gradient in theta is not finite"),
     ],
 )

@@ -31,6 +31,7 @@ def test_reference_weights_solve_every_prefix():
             np.testing.assert_allclose(descent, 0.1 * a.T @ t, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_akyurek_runs_and_reads_what_it_has_trained(tmp_path, monkeypatch):
     tiny = akyurek.SMALL._replace(
         dim=2,
@@ -55,6 +56,7 @@ def test_akyurek_runs_and_reads_what_it_has_trained(tmp_path, monkeypatch):
     assert depth["nearest"] == "descent"
 
 
+@pytest.mark.slow
 def test_garg_runs_and_its_baselines_are_exact(tmp_path, monkeypatch):
     tiny = garg.Scale(
         Linear(4, 1, dim=2, dims=Growth(1, 1, 20)),

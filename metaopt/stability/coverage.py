@@ -134,7 +134,7 @@ def network_features(
         TypeError: if the inputs of `rule` are not known here.
     """
     if isinstance(rule, Celo2):
-        state = state.inner_states["network"].inner_state[0]
+        state = state.inner.inner_states["network"].inner_state[0]
     elif not isinstance(rule, SmallFC):
         raise TypeError(f"rule must be a SmallFC, STAR or Celo2, got rule={rule!r}.")
     treedef = jax.tree.structure(params)

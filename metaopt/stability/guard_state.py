@@ -70,10 +70,10 @@ class GuardState(NamedTuple):
 def start(inner: chex.ArrayTree, backup: chex.ArrayTree) -> GuardState:
     """Returns the state before the first step, from those of the two optimizers."""
     unknown, zero, never = jnp.float32(jnp.nan), jnp.int32(0), jnp.int32(-1)
-    return GuardState(
+    own = GuardState(
         step=zero,
-        inner=inner,
-        backup=backup,
+        inner=(),
+        backup=(),
         active=jnp.array(True),
         grad_size=unknown,
         update_size=unknown,
@@ -92,6 +92,9 @@ def start(inner: chex.ArrayTree, backup: chex.ArrayTree) -> GuardState:
         last_step=never,
         first_step=never,
     )
+    # A buffer of its own for each: one that stands twice in a state cannot be donated.
+    own = jax.tree.map(jnp.copy, own)
+    return own._replace(inner=inner, backup=backup)
 
 
 _WORDS = {
