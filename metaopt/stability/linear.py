@@ -16,6 +16,8 @@ import numpy as np
 from metaopt import validate
 
 _KINDS = ("heavy-ball", "ema", "nesterov")
+# Eigenvalues of order one are exact to about 1e-15; a loop on the bound is not inside.
+_ROUNDING = 1e-12
 
 
 class Loop(NamedTuple):
@@ -160,8 +162,8 @@ class Margins(NamedTuple):
 
     @property
     def stable(self) -> bool:
-        """Whether both are positive: the loop is stable for sure."""
-        return self.lower > 0.0 and self.upper > 0.0
+        """Whether both are positive beyond rounding: the loop is stable for sure."""
+        return min(self.lower, self.upper) > _ROUNDING
 
 
 def theorem_1(
