@@ -112,12 +112,13 @@ SMALL = Scale(
     width=32,
     heads=2,
     depths=(1, 2, 4),
-    noisy=(Model(2, 0.25), Model(2, 0.5), Model(2, 1.0)),
+    noisy=(Model(4, 0.25), Model(4, 0.5), Model(4, 1.0)),
     outer=Outer("adam", 3e-3, warmup=200),
     num_steps=3000,
     control_steps=500,
     init_std=0.18,
-    probe=Probe(hidden=64, steps=800, learning_rate=3e-3),
+    probe=Probe(hidden=64, steps=2500, learning_rate=3e-3),
+    prompts=16_384,
 )
 PUBLISHED = Scale(
     dim=8,

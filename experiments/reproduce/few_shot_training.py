@@ -11,6 +11,7 @@ import io
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -29,7 +30,7 @@ from metaopt.sharding import replicated, sharded, task_mesh
 from metaopt.train import meta_init, meta_step
 
 _SAVE_SECONDS, _SKIPPED = 20.0, 100
-_CONFIG, _LOSS, _SECONDS = "config", "loss", "seconds"
+_CONFIG, _LOSS, _SECONDS, _WATCHED = "config", "loss", "seconds", "watched"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,20 +69,29 @@ class FewShotRun(NamedTuple):
         theta: meta-parameters, leaves `[seeds, ...]`.
         loss: mean meta-loss of every piece, `[seeds, pieces]`.
         seconds: time it took.
+        watched: what `watch` returned after every piece, `[seeds, pieces]`; NaN where
+            nothing was watched.
     """
 
     theta: chex.ArrayTree
     loss: np.ndarray
     seconds: float
+    watched: np.ndarray
 
 
-def train(plan: FewShotTraining, path: pathlib.Path, label: str) -> FewShotRun:
+def train(
+    plan: FewShotTraining,
+    path: pathlib.Path,
+    label: str,
+    watch: Callable[[chex.ArrayTree], Any] | None = None,
+) -> FewShotRun:
     """Trains, goes on where an earlier call was interrupted, or reads its result.
 
     Args:
         plan: what to train.
         path: the file that keeps the state.
         label: what the lines on the screen call it.
+        watch: from theta, leaves `[seeds, ...]`, to a number per seed.
 
     Raises:
         CommandError: if the file holds another training, or nothing but steps that
@@ -93,16 +103,38 @@ def train(plan: FewShotTraining, path: pathlib.Path, label: str) -> FewShotRun:
     keys = jax.vmap(jax.random.key)(jnp.array(plan.seeds))
     like = jax.eval_shape(jax.vmap(init), keys)
     if path.exists():
-        state, losses, before = _read(path, like, to_config(plan))
+        run = _read(path, like, to_config(plan))
     else:
-        state, losses, before = jax.jit(jax.vmap(init))(keys), [], 0.0
-    if len(losses) * plan.piece == plan.num_steps:
-        return FewShotRun(state.theta, np.stack(losses, axis=1), before)
+        none = np.empty((len(plan.seeds), 0))
+        run = _Run(jax.jit(jax.vmap(init))(keys), none, none, 0.0)
+    if run.loss.shape[1] * plan.piece < plan.num_steps:
+        # One program for every seed: no device ever waits for another.
+        mesh = task_mesh(_devices(len(plan.seeds)))
+        run = run._replace(state=jax.device_put(run.state, sharded(mesh)))
+        data = jax.device_put(data, replicated(mesh))
+        run = _go_on(plan, tx, data, run, path, label, watch)
+    theta = jax.device_get(run.state.theta)
+    return FewShotRun(theta, run.loss, round(run.seconds, 1), run.watched)
 
-    # One program for every seed: no device ever waits for another.
-    mesh = task_mesh(_devices(len(plan.seeds)))
-    state = jax.device_put(state, sharded(mesh))
-    data = jax.device_put(data, replicated(mesh))
+
+class _Run(NamedTuple):
+    """A training under way: its state, and what the fields of `FewShotRun` are so far.
+
+    Attributes:
+        state: of all seeds.
+        loss: one column for each piece.
+        watched: the same.
+        seconds: time it took.
+    """
+
+    state: Any
+    loss: np.ndarray
+    watched: np.ndarray
+    seconds: float
+
+
+def _go_on(plan, tx, data, run: _Run, path, label: str, watch) -> _Run:
+    """Takes the steps that are missing, saving now and then."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run_piece(state, data):
@@ -115,26 +147,30 @@ def train(plan: FewShotTraining, path: pathlib.Path, label: str) -> FewShotRun:
         return state, jnp.mean(loss, axis=0)
 
     begun = saved = time.monotonic()
-    spent = lambda: before + time.monotonic() - begun
-    while len(losses) * plan.piece < plan.num_steps:
-        state, loss = run_piece(state, data)
-        losses.append(np.asarray(loss))
-        done = len(losses) * plan.piece
+    before, done = run.seconds, run.loss.shape[1] * plan.piece
+    while done < plan.num_steps:
+        state, loss = run_piece(run.state, data)
+        seen = np.full(len(plan.seeds), np.nan) if watch is None else watch(state.theta)
+        run = _Run(
+            state,
+            np.column_stack([run.loss, loss]),
+            np.column_stack([run.watched, seen]),
+            before + time.monotonic() - begun,
+        )
+        done += plan.piece
         if int(jnp.max(state.skipped_in_a_row)) >= _SKIPPED:
             raise CommandError(
                 f"{label}: the last {_SKIPPED} meta-gradients were not finite."
             )
         if done == plan.num_steps or time.monotonic() - saved > _SAVE_SECONDS:
-            _write(path, state, losses, spent(), to_config(plan))
+            _write(path, run, to_config(plan))
             saved = time.monotonic()
             print(
                 f"{label}: step {done:,} of {plan.num_steps:,}, meta-loss "
-                f"{np.mean(losses[-1]):.3f}, {spent():.0f} s",
+                f"{np.mean(loss):.3f}, {run.seconds:.0f} s",
                 flush=True,
             )
-    return FewShotRun(
-        jax.device_get(state.theta), np.stack(losses, axis=1), round(spent(), 1)
-    )
+    return run
 
 
 def _devices(seeds: int) -> list[jax.Device]:
@@ -143,12 +179,12 @@ def _devices(seeds: int) -> list[jax.Device]:
     return devices[:count]
 
 
-def _write(path, state, losses, seconds, config) -> None:
+def _write(path: pathlib.Path, run: _Run, config: dict[str, Any]) -> None:
     arrays: dict[str, Any] = {
-        str(i): np.asarray(x) for i, x in enumerate(_plain(state))
+        str(i): np.asarray(x) for i, x in enumerate(_plain(run.state))
     }
-    arrays[_LOSS] = np.stack(losses, axis=1)
-    arrays[_SECONDS] = np.float64(seconds)
+    arrays[_LOSS], arrays[_WATCHED] = run.loss, run.watched
+    arrays[_SECONDS] = np.float64(run.seconds)
     arrays[_CONFIG] = np.array(json.dumps(config))
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
@@ -156,9 +192,7 @@ def _write(path, state, losses, seconds, config) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _read(
-    path: pathlib.Path, like: Any, config: dict[str, Any]
-) -> tuple[Any, list[np.ndarray], float]:
+def _read(path: pathlib.Path, like: Any, config: dict[str, Any]) -> _Run:
     with np.load(path) as file:
         changes = list(differences(json.loads(str(file[_CONFIG])), config))
         if changes:
@@ -168,15 +202,17 @@ def _read(
                 "with --out, or remove this file."
             )
         leaves = [jnp.asarray(file[str(i)]) for i in range(len(jax.tree.leaves(like)))]
-        losses = list(file[_LOSS].T)
-        seconds = float(file[_SECONDS])
+        loss, seconds = file[_LOSS], float(file[_SECONDS])
+        # Files of before anything was watched lack it.
+        watched = file.get(_WATCHED, np.full_like(loss, np.nan))
     wrap = lambda x, s: (
         jax.random.wrap_key_data(x)
         if jnp.issubdtype(s.dtype, jax.dtypes.prng_key)
         else x
     )
     wrapped = map(wrap, leaves, jax.tree.leaves(like))
-    return jax.tree.unflatten(jax.tree.structure(like), wrapped), losses, seconds
+    state = jax.tree.unflatten(jax.tree.structure(like), wrapped)
+    return _Run(state, loss, watched, seconds)
 
 
 def _plain(state: Any) -> list[jax.Array]:

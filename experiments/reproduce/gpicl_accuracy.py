@@ -1,6 +1,7 @@
 """How right a learner in context is, place by place, and when its plateau ends."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -83,16 +84,31 @@ def ends_of(curve: np.ndarray) -> tuple[float, float]:
     return float(curve[0]), float(curve[-max(len(curve) // 10, 1) :].mean())
 
 
-def plateau(steps: np.ndarray, loss: np.ndarray, learner: InContext) -> int | None:
+def free_loss(
+    learner: InContext, base: ProjectedImages, *, prompts: int = 128
+) -> Callable[[Any], np.ndarray]:
+    """Returns what measures the loss on free tasks with training images.
+
+    It takes theta with leaves `[seeds, ...]` and returns a loss per seed. The prompts
+    are the same in every call.
+    """
+    free = dataclasses.replace(learner, family=base, batch_size=prompts)
+    data, key = base.load(), jax.random.key(406)
+
+    def loss(theta, data):
+        points = free.reset(theta, data, key, length=1)
+        return jnp.mean(free.losses(theta, points))
+
+    over_seeds = jax.jit(jax.vmap(loss, in_axes=(0, None)))
+    return lambda theta: np.asarray(over_seeds(theta, data))
+
+
+def plateau(steps: np.ndarray, loss: np.ndarray, classes: int) -> int | None:
     """Returns the step at which the loss leaves the plateau for good, or None.
 
-    The plateau is the loss of guessing among the classes; on a biased distribution the
-    share of the first task is learned apart, and only the rest counts.
+    The plateau is the loss of guessing among the classes, less a tenth.
     """
-    family = learner.family
-    share = getattr(family, "project_prob", 1.0)
-    level = 0.9 * share * np.log(learner.outputs)
-    above = np.flatnonzero(loss > level)
+    above = np.flatnonzero(~(loss <= 0.9 * np.log(classes)))
     if len(above) == 0:
         return int(steps[0])
     last = above[-1]

@@ -236,12 +236,11 @@ def spread(found: Found) -> list[dict[str, Any]]:
 def summary(found: Found) -> str:
     """Says in a sentence or two what came out."""
     one = {name: e[10, 1].mean(1) for name, e in found.items() if (10, 1) in e}
-    parts = [f"{name} {x.mean():.3f}" for name, x in one.items()]
-    maml = one["MAML"]
-    return (
-        f"10 points, one step: {', '.join(parts)}. Seeds of MAML: "
-        f"{maml.min():.3f} to {maml.max():.3f}."
-    )
+    parts = [
+        f"{name} {np.median(x):.3f} ({x.min():.3f} to {x.max():.3f})"
+        for name, x in one.items()
+    ]
+    return f"10 points, one step, median and range of seeds: {', '.join(parts)}."
 
 
 def draw(path: pathlib.Path, found: Found) -> None:

@@ -90,7 +90,9 @@ def weights(
     """Trains MAML with an adaptation step of `rate`; returns theta, `[seeds, ...]`."""
     learner = MAML(family, model, learning_rate=rate)
     num_tasks = 128 if model == LINE else 64
-    estimator = FullUnroll(learner, num_tasks, block=32, remat=False)
+    # All functions of a network's step at once, four times as fast as in two blocks.
+    block = 32 if model == LINE else num_tasks
+    estimator = FullUnroll(learner, num_tasks, block=block, remat=False)
     piece = math.gcd(steps, 500)
     plan = FewShotTraining(estimator, outer, steps, seeds, piece)
     fields = dataclasses.asdict(family).items()
