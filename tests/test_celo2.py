@@ -198,6 +198,47 @@ def test_whole_optimizer_is_its_parts(embeddings):
         np.testing.assert_allclose(end, p, rtol=1e-4)
 
 
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_the_update_is_differentiable_at_zero_gradients(before):
+    theta = noisy_theta(Celo2(), 6)
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    tx = celo2_adamw(theta, 0.1)
+    state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    for _ in range(before):
+        _, state = tx.update(zeros, state, params)
+    leaves, treedef = jax.tree.flatten(state)
+    averages = [x if jnp.issubdtype(x.dtype, jnp.floating) else None for x in leaves]
+
+    def step(grads, averages):
+        parts = zip(averages, leaves, strict=True)
+        state = treedef.unflatten(y if x is None else x for x, y in parts)
+        return tx.update(grads, state, params)[0]
+
+    jacobian = jax.jacfwd(step, (0, 1))(zeros, averages)
+    for leaf in jax.tree.leaves(jacobian):
+        assert np.all(np.isfinite(leaf))
+    # Where both averages are 0 Adam is its first order: (1 - b1) g over epsilon.
+    n = before + 1
+    slope = -20 * 0.1 * 0.1 / (1 - 0.9**n) / 1e-8
+    by_grads, _ = jacobian["b"]
+    np.testing.assert_allclose(by_grads["b"], slope * np.eye(3), rtol=1e-5)
+
+
+def test_vectors_move_as_with_the_adam_of_optax():
+    theta, rng = noisy_theta(Celo2(), 6), np.random.default_rng(0)
+    params = jnp.ones(6)
+    # From far below epsilon to far above it.
+    sizes = np.float32([0.0, 1e-30, 1e-12, 1e-8, 1e-3, 10.0])
+    txs = celo2_adamw(theta, 0.1), optax.adamw(2.0, 0.9, 0.95, 1e-8, weight_decay=0.0)
+    states = [tx.init(params) for tx in txs]
+    for _ in range(4):
+        g, updates = sizes * np.float32(rng.standard_normal(6)), []
+        for i, tx in enumerate(txs):
+            u, states[i] = tx.update(g, states[i], params)
+            updates.append(u)
+        np.testing.assert_allclose(*updates, rtol=1e-6)
+
+
 def test_the_rule_alone_has_a_fixed_rate_and_no_decay():
     rule = Celo2(learning_rate=0.02, adam_multiplier=5.0)
     theta = noisy_theta(rule, 7)

@@ -15,6 +15,8 @@ from metaopt.optimizers.network import init_network
 
 _EPSILON = 1e-9
 _SQUARE_EPSILON = 1e-8
+# The root of 0 has no derivative; this much under it is lost beside Adam's epsilon.
+_ROOT_EPSILON = 1e-30
 _ITERATIONS = 5
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -194,7 +196,14 @@ def celo2_adamw(
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
-    adam = optax.adamw(adam_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=weight_decay)
+    adam = optax.adamw(
+        adam_rate,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        eps_root=_ROOT_EPSILON,
+        weight_decay=weight_decay,
+    )
 
     def labels(params):
         chosen = embeddings(params) if callable(embeddings) else embeddings
