@@ -289,7 +289,7 @@ def test_tuning_chooses_on_its_own_seeds_and_reports_others(tmp_path):
     assert cell.error == ""
     scores = {t.setting.learning_rate: np.mean(t.scores) for t in cell.trials}
     assert len(scores) == 3 and cell.best.learning_rate == min(scores, key=scores.get)
-    assert cell.best.learning_rate == pytest.approx(0.1) and cell.at_edge()
+    assert cell.best.learning_rate == pytest.approx(0.1**0.5) and cell.at_edge()
     assert [len(x.train) for x in cell.tuned] == [21, 21]
     assert {n: len(x[0].train) for n, x in cell.horizons.items()} == {
         2: 3,

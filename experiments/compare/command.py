@@ -39,7 +39,12 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         help="names of metaopt.baselines, bundled weights, or files of weights",
     )
-    add("--suite", choices=("quick", "full"), default="quick", help="the tasks")
+    add(
+        "--suite",
+        choices=("quick", "laptop", "full"),
+        default="quick",
+        help="the tasks",
+    )
     add("--tasks", nargs="+", metavar="TASK", help="only these tasks of the suite")
     add("--reference", default="adamw", help="what the others are measured by")
     add("--steps", type=int, help="steps per run, instead of those of the suite")
@@ -151,7 +156,7 @@ def _protocol(options: argparse.Namespace) -> Any:
 
     long = options.long
     if long is None:
-        long = 25 if options.suite == "full" else 0
+        long = 0 if options.suite == "quick" else 25
     try:
         return Protocol(
             trials=options.trials,

@@ -188,7 +188,7 @@ def _method(ranking: Ranking, painter: Painter) -> str:
     return f"""<section class="card probe prose" aria-labelledby="method">
 <h2 id="method">How it was measured</h2>
 <p>Every optimizer tries {protocol.trials} settings per task: learning rates evenly
-spaced in their log from a tenth to a hundred times its default, or for learned
+spaced in their log from 0.32 to 316 times its default, or for learned
 optimizers multipliers of their updates from 0.1 to 10, with the schedules
 {text(", ".join(protocol.schedules))}. The one with the lowest {kind} loss at the end,
 mean of {protocol.tuning_seeds} seeds, is run on {protocol.seeds} other seeds. Rules

@@ -1,6 +1,6 @@
 """What a comparison trains: named tasks and the length of their runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import tasks
@@ -66,12 +66,50 @@ _OTHER_IMAGES = {
     "cifar10-vit": tasks.ImageTransformer("cifar10", width=64, patch_size=4),
 }
 
+# All families, at sizes whose steps take at most 50 million operations, the optimizer's
+# included; the cheapest are first.
+_SMALL = {
+    "deep-linear": _WITHOUT_IMAGES["deep-linear"],
+    "noisy-quadratic": _WITHOUT_IMAGES["noisy-quadratic"],
+    "motion": _WITHOUT_IMAGES["motion"],
+    "sinusoid": _WITHOUT_IMAGES["sinusoid"],
+    "two-moons": _WITHOUT_IMAGES["two-moons"],
+    "sparse-parity": _WITHOUT_IMAGES["sparse-parity"],
+    "poisson-equation": _WITHOUT_IMAGES["poisson-equation"],
+    "heat-equation": _WITHOUT_IMAGES["heat-equation"],
+    "digits-mlp-deep": _MORE_DIGITS["digits-mlp-deep"],
+    "digits-autoencoder": _MORE_DIGITS["digits-autoencoder"],
+    "digits-vae": _MORE_DIGITS["digits-vae"],
+    "digits-diffusion-small": tasks.ImageDiffusion(width=32),
+    "digits-transformer-small": tasks.ImageTransformer(
+        width=16, depth=1, batch_size=32
+    ),
+    "digits-vit-small": tasks.ImageTransformer(
+        width=16, depth=1, patch_size=2, batch_size=16
+    ),
+    "arithmetic-transformer-small": tasks.LanguageTransformer(
+        "arithmetic", width=16, depth=1, batch_size=8
+    ),
+    "brackets-transformer-small": tasks.LanguageTransformer(
+        "brackets", width=16, depth=1, batch_size=8
+    ),
+    "markov-lstm-small": tasks.LanguageRecurrent("markov", width=32, batch_size=8),
+    "mnist14-mlp": tasks.ImageMLP(
+        "mnist", (32, 32, 32), "gelu", batch_size=64, image_size=14
+    ),
+    "mnist14-conv": tasks.ImageConv(
+        "mnist", widths=(8, 8, 16), batch_size=32, image_size=14
+    ),
+}
+
 _LONG = ("digits-mlp-tanh", "digits-conv")
 
 
-def _suite(num_steps: int, *groups: Mapping[str, Task]) -> dict[str, Entry]:
+def _suite(
+    num_steps: int, *groups: Mapping[str, Task], long: Sequence[str] = _LONG
+) -> dict[str, Entry]:
     return {
-        name: Entry(task, num_steps, name in _LONG)
+        name: Entry(task, num_steps, name in long)
         for group in groups
         for name, task in group.items()
     }
@@ -79,5 +117,6 @@ def _suite(num_steps: int, *groups: Mapping[str, Task]) -> dict[str, Entry]:
 
 SUITES: dict[str, dict[str, Entry]] = {
     "quick": _suite(400, _DIGITS),
+    "laptop": _suite(400, _DIGITS, _SMALL, long=("digits-mlp", "two-moons")),
     "full": _suite(1000, _DIGITS, _MORE_DIGITS, _WITHOUT_IMAGES, _OTHER_IMAGES),
 }
