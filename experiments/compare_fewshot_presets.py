@@ -46,7 +46,7 @@ def _images(name: str, *, settings: dict[str, Any], **fields: Any) -> CompareFew
 
 
 _MAML = ("maml", "first-order-maml", "meta-sgd", "reptile")
-_SINUSOID = {"learners": (*_MAML, "transformer"), "meta_steps": 5000}
+_SINUSOID = {"learners": (*_MAML, "transformer"), "meta_steps": 3000}
 _EPISODES = {
     "learners": ("maml", "first-order-maml", "anil", "transformer"),
     "adaptation_steps": 5,
@@ -63,7 +63,7 @@ COMPARE_FEWSHOT = {
         functools.partial(
             _functions,
             "linear",
-            settings={"learners": ("transformer",), "meta_steps": 5000},
+            settings={"learners": ("transformer",), "meta_steps": 3000},
             num_examples=10,
             dim=5,
         ),

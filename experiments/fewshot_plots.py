@@ -50,6 +50,7 @@ def draw(
             _curve(axis, result, colours[name], styles[name], name)
         _scale(axis, [result.mean for result in results.values()])
         axis.set(title=title, xlabel="examples", ylabel=error)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes[first + len(found) :]:
         axis.axis("off")
     beside = {} if columns > 1 else {"loc": "upper left", "bbox_to_anchor": (1, 1)}
