@@ -44,6 +44,8 @@ class ImageEpisodes(FunctionFamily):
         way: classes of an episode.
         train_classes: how many classes are for meta-training; the rest is for testing.
         split: "train" or "test", the side that the classes are drawn from.
+        rotations: whether a class turned by 90, 180 or 270 degrees counts as a class of
+            its own, as in Finn et al., 2017, https://arxiv.org/abs/1703.03400.
 
     >>> family = ImageEpisodes(num_examples=5, num_queries=5)
     >>> instance = family.sample(jax.random.key(0))
@@ -56,6 +58,7 @@ class ImageEpisodes(FunctionFamily):
     way: int = 5
     train_classes: int = 5
     split: str = "train"
+    rotations: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,7 +110,11 @@ class ImageEpisodes(FunctionFamily):
         )
 
     def sample(self, key):
-        return jax.random.choice(key, self._side(), (self.way,), replace=False)
+        """Draws the classes; those turned by `k * 90` degrees follow all of them."""
+        classes = datasets.num_classes(self.dataset)
+        turns = range(4 if self.rotations else 1)
+        side = np.concatenate([self._side() + turn * classes for turn in turns])
+        return jax.random.choice(key, side, (self.way,), replace=False)
 
     def episode(self, instance, data, key):
         shots = -(-self.num_examples // self.way)
@@ -120,7 +127,8 @@ class ImageEpisodes(FunctionFamily):
             _, index = jax.lax.top_k(jnp.where(there, order, -1.0), shots + queries)
             return data.starts[label] + index
 
-        index = jax.vmap(pick)(instance, jax.random.split(key, self.way)).T
+        turn, upright = jnp.divmod(instance, datasets.num_classes(self.dataset))
+        index = jax.vmap(pick)(upright, jax.random.split(key, self.way)).T
         label = jnp.broadcast_to(jnp.arange(self.way), index.shape)
         # Both halves are cut to size: classes in turn, whole rounds of them before.
         keep = np.concatenate(
@@ -131,5 +139,12 @@ class ImageEpisodes(FunctionFamily):
         )
         peak = datasets.DATASETS[self.dataset].peak
         x = data.x[index.ravel()[keep]].astype(jnp.float32) / peak
-        y = jax.nn.one_hot(label.ravel()[keep], self.way)
-        return split_episode(x, y, self.num_examples)
+        label = label.ravel()[keep]
+        if self.rotations:
+            x = jax.vmap(self._turned)(x, turn[label])
+        return split_episode(x, jax.nn.one_hot(label, self.way), self.num_examples)
+
+    def _turned(self, x: jax.Array, turn: jax.Array) -> jax.Array:
+        image = x.reshape(datasets.DATASETS[self.dataset].shape)
+        every = jnp.stack([jnp.rot90(image, k) for k in range(4)])
+        return every[turn].ravel()

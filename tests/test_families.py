@@ -260,6 +260,18 @@ def test_the_sides_share_no_class():
     assert len(sides[0]) == len(sides[1]) == 5 and not sides[0] & sides[1]
 
 
+def test_classes_turned_are_classes_of_their_own():
+    instance, episode = draw(ImageEpisodes(rotations=True), 40)
+    labels, seen = lookup(), set()
+    for classes, x in zip(instance, episode.x, strict=True):
+        for number, image in zip(classes[np.arange(len(x)) % 5], x, strict=True):
+            turn, label = divmod(number, 10)
+            upright = np.rot90(np.round(16 * image).reshape(8, 8), -turn)
+            assert labels[np.uint8(upright).tobytes()] == label
+            seen.add(turn)
+    assert seen == {0, 1, 2, 3}
+
+
 def test_labels_are_permuted():
     instance, _ = draw(ImageEpisodes(num_queries=5), 60)
     assert all(len(np.unique(instance[:, slot])) == 5 for slot in range(5))

@@ -159,8 +159,8 @@ def test_image_episodes_without_omniglot(tmp_path, monkeypatch):
     assert "data prepare omniglot" in said
     (rows,) = tables.values()
     by_name = {row["predictor"]: row["accuracy"] for row in rows}
-    # Guessing is right in 20%.
-    assert by_name["nearest neighbour"] > 50
+    # Guessing is right in 50%.
+    assert by_name["nearest neighbour"] > 70
 
 
 def test_landscape_through_the_command(tmp_path, monkeypatch):

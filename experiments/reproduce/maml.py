@@ -211,7 +211,9 @@ def rows(found: Found) -> list[dict[str, Any]]:
 
 def _middle(errors: np.ndarray) -> float:
     """Returns the median over seeds of the mean error; a seed may have diverged."""
-    return float(np.median(np.nan_to_num(errors.mean(1), nan=np.inf)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        means = errors.mean(1)
+    return float(np.median(np.nan_to_num(means, nan=np.inf)))
 
 
 def spread(found: Found) -> list[dict[str, Any]]:
@@ -258,7 +260,8 @@ def draw(path: pathlib.Path, found: Found) -> None:
 
 
 def _draw_method(axis, name, errors, shots, colour) -> None:
-    means = np.stack([errors[shots, steps].mean(1) for steps in STEPS])
+    with np.errstate(over="ignore", invalid="ignore"):
+        means = np.stack([errors[shots, steps].mean(1) for steps in STEPS])
     means = np.minimum(np.nan_to_num(means, nan=1e3, posinf=1e3), 1e3)
     axis.plot(STEPS, np.median(means, axis=1), "o-", color=colour, label=name)
     axis.fill_between(STEPS, means.min(1), means.max(1), color=colour, alpha=0.15, lw=0)
