@@ -56,10 +56,11 @@ def test_the_estimator_counts_its_steps():
     theta, data = estimator.init_theta(KEY), estimator.load()
     state = estimator.init(theta, data, KEY)
     run = jax.jit(estimator.estimate)
+    run_plain = jax.jit(FullUnroll(LEARNER, num_tasks=1).estimate)
     for step in range(4):
         estimate, state = run(theta, state, data, KEY)
         staged = LEARNER.stage(data, jnp.int32(step))
-        plain, _ = FullUnroll(LEARNER, num_tasks=1).estimate(theta, (), staged, KEY)
+        plain, _ = run_plain(theta, (), staged, KEY)
         np.testing.assert_allclose(estimate.loss, plain.loss, rtol=1e-5)
     assert state[0].tolist() == [4]
 

@@ -31,12 +31,14 @@ def check_estimator(estimator: GradientEstimator, *, rtol: float = 1e-4) -> None
     require(hash(estimator) == hash(estimator), estimator, "must be hashable.")
     data = estimator.load()
     theta = estimator.init_theta(jax.random.key(0))
-    state = jax.jit(estimator.init)(theta, data, jax.random.key(1))
+    # Compiled once: `jax.jit` takes equal bound methods for different functions.
+    init, compiled = jax.jit(estimator.init), jax.jit(estimator.estimate)
+    state = init(theta, data, jax.random.key(1))
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = f"state{jax.tree_util.keystr(path)}"
         require(jnp.ndim(leaf) > 0, estimator, f"{name} has no leading task axis.")
     key = jax.random.key(2)
-    estimate, after = jax.jit(estimator.estimate)(theta, state, data, key)
+    estimate, after = compiled(theta, state, data, key)
     _check_estimate(estimator, theta, estimate)
     shapes = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), x.dtype), tree)
     require(
@@ -46,8 +48,8 @@ def check_estimator(estimator: GradientEstimator, *, rtol: float = 1e-4) -> None
         f"estimate changes its state from {shapes(state)} to {shapes(after)}.",
     )
     again, _ = jax.jit(estimator.estimate)(theta, state, data, key)
-    fresh = jax.jit(estimator.init)(theta, data, jax.random.key(3))
-    other, _ = jax.jit(estimator.estimate)(theta, fresh, data, jax.random.key(4))
+    fresh = init(theta, data, jax.random.key(3))
+    other, _ = compiled(theta, fresh, data, jax.random.key(4))
     plain, _ = estimator.estimate(theta, state, data, key)
     flat = lambda e: np.concatenate([np.ravel(g) for g in jax.tree.leaves(e.grad)])
     same = np.array_equal(flat(estimate), flat(again))

@@ -86,7 +86,7 @@ def _check_episode(learner, theta, data):
     )
     finite = all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grad))
     require(finite, learner, f"the gradient in theta is not finite: {grad}.")
-    batched = jax.vmap(lambda key: episode(theta, key)[1])(
+    batched = jax.jit(jax.vmap(lambda key: episode(theta, key)[1]))(
         jax.random.split(jax.random.key(3), 2)
     )
     shape = jnp.shape(batched.loss)
