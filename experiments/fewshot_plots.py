@@ -46,9 +46,12 @@ def draw(
     colours = {n: _COLOURS[i % len(_COLOURS)] for i, n in enumerate(names)}
     styles = {n: _STYLES[i // len(_COLOURS) % 3] for i, n in enumerate(names)}
     for axis, (title, results) in zip(axes[first:], found.items(), strict=False):
+        top = _scale(axis, [result.mean for result in results.values()])
         for name, result in results.items():
-            _curve(axis, result, colours[name], styles[name], name)
-        _scale(axis, [result.mean for result in results.values()])
+            # What lies above the panel keeps its name, and says why it is not there.
+            gone = not np.any(result.mean <= top)
+            label = f"{name} (off the scale)" if gone else name
+            _curve(axis, result, colours[name], styles[name], label, top)
         axis.set(title=title, xlabel="examples", ylabel=error)
         axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes[first + len(found) :]:
@@ -60,24 +63,33 @@ def draw(
     write_atomically(path, buffer.getvalue())
 
 
-def _curve(axis, result: Comparison, colour: str, style: str, label: str) -> None:
+def _curve(
+    axis, result: Comparison, colour: str, style: str, label: str, top: float
+) -> None:
     shown = lambda values: np.where(np.isfinite(values), values, np.nan)
     x = result.num_examples
     axis.plot(x, shown(result.mean), color=colour, ls=style, label=label, marker=".")
-    axis.fill_between(
-        x, shown(result.low), shown(result.high), color=colour, alpha=0.2, linewidth=0
-    )
+    if np.any(result.mean <= top):
+        axis.fill_between(
+            x, shown(result.low), shown(result.high), color=colour, alpha=0.2, lw=0
+        )
 
 
-def _scale(axis, means: Sequence[np.ndarray]) -> None:
-    """Sets a log scale that leaves out the rounding errors of exact predictors."""
+def _scale(axis, means: Sequence[np.ndarray]) -> float:
+    """Sets a log scale that leaves out the rounding errors of exact predictors.
+
+    Returns its top; a linear scale has none.
+    """
     values = np.concatenate(means)
     values = values[np.isfinite(values) & (values > 1e-4)]
     axis.grid(True, which="major", color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
     if values.size and values.max() > 10 * values.min():
+        top = min(1.5 * values.max(), 30.0)
         axis.set_yscale("log")
-        axis.set_ylim(0.7 * values.min(), min(1.5 * values.max(), 30.0))
+        axis.set_ylim(0.7 * values.min(), top)
+        return top
+    return np.inf
 
 
 def _training(axis, metrics: Sequence[Mapping[str, float]]) -> None:

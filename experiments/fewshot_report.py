@@ -133,17 +133,18 @@ def tables_of(
     trained = next(iter(found.values()))
     counts = next(iter(trained.values())).num_examples.tolist()
     some = sorted({counts[round(i * (len(counts) - 1) / 4)] for i in range(5)})
+    last = some[-1]
     rows = []
     for name, result in trained.items():
         row: dict[str, Any] = {"predictor": name}
-        for count in some:
-            i = counts.index(count)
-            low, high = result.low[i], result.high[i]
-            row[f"{count}"] = f"{result.mean[i]:.3g} ({low:.2g} to {high:.2g})"
+        means = dict(zip(counts, result.mean, strict=True))
+        row |= {f"{count}": float(means[count]) for count in some}
+        low, high = result.low[-1], result.high[-1]
+        row[f"90% at {last}"] = f"{low:.2g} to {high:.2g}"
         row["µs"] = 1e6 * float(result.seconds[-1])
         row["FLOPs"] = None if result.flops is None else float(result.flops[-1])
         rows.append(row)
-    title = f"Mean {error_name(family)} by number of examples (90% interval)"
+    title = f"Mean {error_name(family)} by number of examples"
     tables: dict[str, Rows] = {title: rows}
     outside = []
     for name, results in found.items():
@@ -165,7 +166,11 @@ def show(title: str, rows: Rows) -> None:
         table.add_column(column, justify="left" if column == first else "right")
     for row in rows:
         table.add_row(*(cell(value) for value in row.values()))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        # A file is as wide as the table.
+        console.width = 160
+    console.print(table)
 
 
 def as_json(found: Mapping[str, Mapping[str, Comparison]]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def test_gpicl_through_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(gpicl, "SMALL", TINY)
     monkeypatch.setattr(gpicl_accuracy, "PROMPTS", 256)
     kept = gpicl.settings
-    monkeypatch.setattr(gpicl, "settings", lambda scale: kept(scale)[::6])
+    monkeypatch.setattr(gpicl, "settings", lambda scale: kept(scale)[::5])
     assert command.main(["gpicl", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     (rows,) = report["tables"].values()

@@ -91,7 +91,7 @@ class Scale:
     num_steps: int = 2000
     learning_rate: float = 2e-3
     num_tasks: tuple[int | None, ...] = (None, 4, 64)
-    project_probs: tuple[float, ...] = (0.3, 0.7)
+    project_probs: tuple[float, ...] = (0.7,)
     permute_labels_probs: tuple[float, ...] = (0.3,)
     recurrent: bool = True
 
