@@ -310,9 +310,9 @@ def test_weight_count(rule, count):
 def test_an_untrained_recurrent_rule_does_nothing(name):
     rule = SMALL[name]
     theta, params = rule.init_theta(jax.random.key(0)), jnp.ones(3)
-    state = rule.init(theta, params)
+    state, compiled = rule.init(theta, params), jax.jit(rule.update)
     for g in (1.0, -1e3):
-        update, state = rule.update(theta, jnp.full(3, g), state, params)
+        update, state = compiled(theta, jnp.full(3, g), state, params)
         assert not np.any(update)
     assert np.all(np.any(state.hidden, axis=1))
 
@@ -321,9 +321,9 @@ def test_an_untrained_nn_adam_is_adam_without_bias_correction():
     rule = NNAdam()
     theta = rule.init_theta(jax.random.key(0))
     params, g = jnp.ones(2), np.array([0.5, -3.0])
-    state = rule.init(theta, params)
+    state, compiled = rule.init(theta, params), jax.jit(rule.update)
     for t in range(1, 6):
-        update, state = rule.update(theta, jnp.float32(g), state, params)
+        update, state = compiled(theta, jnp.float32(g), state, params)
         m, v = (1 - 0.9**t) * g, (1 - 0.999**t) * g**2
         expected = -1e-4 * m / (np.sqrt(v + 1e-10) + 1e-8)
         np.testing.assert_allclose(update, expected, rtol=1e-5)
@@ -336,7 +336,7 @@ def test_nn_adam_keeps_its_hyperparameters_in_bounds(sign):
     theta["network"]["readout"]["b"] = jnp.full(4, sign * 1e6)
     params = jnp.ones(2)
     state = rule.init(theta, params)
-    update, state = rule.update(theta, jnp.full(2, 1e6), state, params)
+    update, state = jax.jit(rule.update)(theta, jnp.full(2, 1e6), state, params)
     # Clipped to 1000; v has moved by a thousandth of that squared.
     np.testing.assert_allclose(update, -1e-4 * 100 / math.sqrt(1e3), rtol=1e-4)
     lowest, highest = (1e-8, math.exp(-10), 1e-11), (1e3, 1.0, 1e4)
@@ -350,13 +350,14 @@ def test_parameters_are_independent_of_order_and_tensor():
     rule = Recurrent(hidden=6, preprocess="log-sign")
     theta, rng = noisy(rule, size=0.3), np.random.default_rng(0)
     grads, order = np.float32(rng.standard_normal((3, 12))), rng.permutation(12)
+    compiled = jax.jit(rule.update)
 
     def run(grads):
         params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), grads)
         state = rule.init(theta, params)
         for i in range(3):
             now = jax.tree.map(lambda g, i=i: jnp.asarray(g[i]), grads)
-            update, state = rule.update(theta, now, state, params)
+            update, state = compiled(theta, now, state, params)
         return update
 
     alone = run(grads)
@@ -384,8 +385,9 @@ def test_log_sign_has_finite_gradients():
     rule = SMALL["lstm"]
     theta = noisy(rule)
     step = lambda g: rule.cell_step(theta, jnp.zeros(rule.state_size), g)[1]
+    slope = jax.jit(jax.grad(step))
     for g in (0.0, math.exp(-10), -1e-20, 1e30, -1e38):
-        assert np.isfinite(jax.grad(step)(jnp.float32(g))), g
+        assert np.isfinite(slope(jnp.float32(g))), g
 
 
 def test_first_order_holds_the_gradients_fixed():
@@ -402,11 +404,10 @@ def test_first_order_holds_the_gradients_fixed():
         return jnp.sum(curvature * params**2), grads
 
     full = dataclasses.replace(rule, first_order=False)
-    grads = train(full, theta)[1]
-    fixed = jax.grad(lambda theta: train(full, theta, grads)[0])(theta)
-    first, second = (
-        jax.grad(lambda theta, r=r: train(r, theta)[0])(theta) for r in (rule, full)
-    )
+    grads = jax.jit(lambda theta: train(full, theta)[1])(theta)
+    gradient = lambda *how: jax.jit(jax.grad(lambda t: train(how[0], t, *how[1:])[0]))
+    fixed = gradient(full, grads)(theta)
+    first, second = gradient(rule)(theta), gradient(full)(theta)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), first, fixed)
     far = jax.tree.map(lambda a, b: abs(a - b).max() > 1e-3, first, second)
     assert any(jax.tree.leaves(far))
