@@ -69,6 +69,7 @@ class Scale:
         smeared_keys: of the transformer. With them one layer can look for the example
             before a label; without, a first layer must learn to pass it on, which takes
             more steps than two cores have time for.
+        target_scale: of the tokens, so that 196 pixels do not hide the class.
         batch_size: prompts of an outer step, each of a task of its own.
         num_steps: outer steps.
         learning_rate: of Adam.
@@ -87,6 +88,7 @@ class Scale:
     width: int = 64
     init_std: float = 0.15
     smeared_keys: bool = True
+    target_scale: float = 1.0
     batch_size: int = 32
     num_steps: int = 2000
     learning_rate: float = 2e-3
@@ -100,6 +102,7 @@ SMALL = Scale()
 SMALL_MNIST = Scale(
     dataset="mnist",
     image_size=14,
+    target_scale=14.0,
     num_tasks=(None, 4),
     project_probs=(),
     recurrent=False,
@@ -154,7 +157,8 @@ def settings(scale: Scale) -> list[Setting]:
 
     def setting(name: str, model: SequenceModel, **fields: Any) -> Setting:
         changed = dataclasses.replace(family, **fields)
-        learner = InContext(changed, model, Shifted(), batch_size=scale.batch_size)
+        layout = Shifted(scale.target_scale)
+        learner = InContext(changed, model, layout, batch_size=scale.batch_size)
         return Setting(name, learner)
 
     counts = {f"{count or 'any'} tasks": count for count in scale.num_tasks}

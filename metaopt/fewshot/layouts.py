@@ -6,6 +6,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from metaopt import validate
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout(abc.ABC):
@@ -80,10 +82,23 @@ class Shifted(Layout):
     The first has zeros for a target. Kirsch et al., 2022,
     https://arxiv.org/abs/2212.04458.
 
+    Attributes:
+        target_scale: multiplies the targets. Many inputs of variance 1 hide a one-hot
+            target from a random read-in; the root of their number makes both even.
+
     >>> Shifted().tokens(jnp.array([[1.0], [2.0]]), jnp.array([[3.0], [4.0]]))
     Array([[1., 0.],
            [2., 3.]], dtype=float32)
+    >>> Shifted(5.0).tokens(jnp.array([[1.0], [2.0]]), jnp.array([[3.0], [4.0]]))
+    Array([[ 1.,  0.],
+           [ 2., 15.]], dtype=float32)
     """
+
+    target_scale: float = 1.0
+
+    def __post_init__(self):
+        scale = self.target_scale
+        validate.number("target_scale", scale, low=0.0, open_low=True)
 
     def width(self, features, outputs):
         return features + outputs
@@ -92,7 +107,8 @@ class Shifted(Layout):
         return num_points
 
     def tokens(self, x, y):
-        return jnp.concatenate([x, jnp.pad(y, ((1, 0), (0, 0)))[:-1]], axis=1)
+        before = jnp.pad(y, ((1, 0), (0, 0)))[:-1]
+        return jnp.concatenate([x, self.target_scale * before], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
