@@ -32,6 +32,9 @@ def prepare() -> None:
         "JAX_COMPILATION_CACHE_DIR": str(cache_dir()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        # LAPACK's threads wait for each other: with other programs on the machine, or a
+        # device per core that calls it, small decompositions take fifty times as long.
+        "OPENBLAS_NUM_THREADS": "1",
         # Each program from the cache would print lines of harmless "errors".
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }

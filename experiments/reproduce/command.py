@@ -22,6 +22,10 @@ PAPERS = {
         "gradients through long unrolls explode (Metz et al., 2021)",
         "experiments.reproduce.chaos",
     ),
+    "dauphin": (
+        "critical points are saddles, the more so the higher (Dauphin et al., 2014)",
+        "experiments.reproduce.dauphin",
+    ),
     "garg": (
         "transformers learn linear functions in context (Garg et al., 2022)",
         "experiments.reproduce.garg",

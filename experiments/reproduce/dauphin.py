@@ -1,0 +1,277 @@
+"""The higher the loss of a critical point, the more directions lead down from it.
+
+Dauphin et al., 2014, https://arxiv.org/abs/1406.2572.
+"""
+
+import functools
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.reproduce.course import kept
+from experiments.reproduce.figure import COLOURS, figure
+from metaopt.baselines import saddle_free_newton
+from metaopt.interpret import critical_points
+from tasks.images import ImageMLP
+
+CLAIM = (
+    "Critical points of networks are mostly saddles: the share of negative curvatures "
+    "grows with the loss, and a rule that leaves along them trains further."
+)
+PAPER = (
+    "One hidden layer on MNIST of 10x10 pixels: index and error of critical points "
+    "rise together (figure 1, no table); saddle-free Newton ends below SGD and damped "
+    "Newton (figure 2)."
+)
+# Gradients shorter than this count as none; at the starts they are about 1.
+_CRITICAL = 1e-4
+
+
+class Size(NamedTuple):
+    """How much is run.
+
+    Attributes:
+        task: the network; its one batch is the whole training set.
+        seeds: initialisations.
+        steps: of Adam from each, after which searches start.
+        noises: standard deviations of what is added to the parameters there.
+        newton_steps: of one search.
+        length: steps of the training that is compared.
+        rates: learning rates, relative to the usual of each rule.
+    """
+
+    task: ImageMLP
+    seeds: int
+    steps: tuple[int, ...] = (0, 5, 20, 80, 320)
+    noises: tuple[float, ...] = (0.0, 0.3)
+    newton_steps: int = 80
+    length: int = 300
+    rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+QUICK = Size(
+    ImageMLP("digits", (6,), "tanh", batch_size=128, image_size=4),
+    seeds=6,
+)
+FULL = Size(
+    ImageMLP("mnist", (10,), "tanh", batch_size=2048, image_size=10),
+    seeds=8,
+    newton_steps=150,
+    length=1000,
+)
+# Rule by name, with its usual learning rate.
+RULES = {
+    "gradient descent": (optax.sgd, 0.3),
+    "Adam": (optax.adam, 0.01),
+    "saddle-free Newton": (
+        functools.partial(saddle_free_newton, rank=32, max_norm=1.0),
+        0.3,
+    ),
+}
+
+
+def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
+    """Searches, trains, plots; see `experiments.reproduce.command`."""
+    return reproduce(out, FULL if full else QUICK)
+
+
+def reproduce(out: pathlib.Path, size: Size) -> dict[str, Any]:
+    """Searches, trains and plots at a given size."""
+    loss, init = problem(size)
+    tag = _tag(size)
+    points = kept(out / f"points-{tag}.npz", lambda: search(size, loss, init))
+    found = points["gradient_norm"] < _CRITICAL
+    # The output is the share of every class, whatever the image.
+    blind = found & (np.abs(points["loss"] - _blind_loss(size)) < 1e-3)
+    runs = {
+        name: kept(
+            out / f"{name}-{tag}.npz",
+            functools.partial(train, size, name, loss, init),
+        )
+        for name in RULES
+    }
+    best = {name: _best(run) for name, run in runs.items()}
+    _draw(out / "dauphin.png", points, found, best)
+    correlation = rank_correlation(points["loss"][found], points["saddle_index"][found])
+    ends = {name: np.median(run["losses"][:, -1]) for name, run in best.items()}
+    return {
+        "claim": CLAIM,
+        "paper": PAPER,
+        "ours": (
+            f"{found.sum()} critical points from {found.size} starts, {blind.sum()} of "
+            f"them blind to the image; rank correlation of loss and index "
+            f"{correlation:.2f}; training loss after {size.length} "
+            + "steps "
+            + ", ".join(f"{name} {end:.2g}" for name, end in ends.items())
+            + "."
+        ),
+        "tables": {
+            "Critical points": _bands(points, found),
+            f"Training, {size.length} steps, median of {size.seeds} seeds": [
+                {
+                    "rule": name,
+                    "learning rate": float(run["rate"]),
+                    "loss": float(ends[name]),
+                    "index": float(np.median(run["saddle_index"])),
+                    "least over largest curvature": float(np.median(run["least"])),
+                }
+                for name, run in best.items()
+            ],
+        },
+    }
+
+
+def _tag(size: Size) -> str:
+    task = size.task
+    net = f"{task.dataset}-{task.image_size}-{task.widths[0]}-{task.batch_size}"
+    searches = f"{max(size.steps)}x{len(size.steps)}x{len(size.noises)}"
+    rates = f"{size.length}x{len(size.rates)}"
+    return f"{net}-{size.seeds}-{searches}-{size.newton_steps}-{rates}"
+
+
+def problem(size: Size):
+    """Returns the loss over one fixed batch, and the function that initialises."""
+    task = size.task
+    batch = task.batch((), task.load(), jax.random.key(0))
+    loss = lambda params: task.loss(params, batch, (), jax.random.key(0))[0]
+    return loss, lambda key: task.init((), key)
+
+
+def _blind_loss(size: Size) -> float:
+    """Returns the loss of the best output that is the same for every image."""
+    _, labels = size.task.batch((), size.task.load(), jax.random.key(0))
+    share = np.bincount(labels) / len(labels)
+    return float(-np.sum(share * np.log(np.maximum(share, 1e-12))))
+
+
+def search(size: Size, loss, init) -> dict[str, Any]:
+    """Starts Newton's method on the gradient along and beside runs of Adam.
+
+    Returns:
+        "loss", "saddle_index", "gradient_norm", all `[seeds * steps * noises]`.
+    """
+    print("Searching critical points.", flush=True)
+    tx = optax.adam(0.01)
+
+    def starts(key):
+        init_key, key = jax.random.split(key)
+        params = init(init_key)
+
+        def body(carry, _):
+            params, state = carry
+            updates, after = tx.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), after), params
+
+        length = max(size.steps) + 1
+        _, path = jax.lax.scan(body, (params, tx.init(params)), length=length)
+        path = jax.tree.map(lambda x: x[jnp.array(size.steps)], path)
+
+        def beside(noise, key):
+            flat = jax.vmap(lambda p: jax.flatten_util.ravel_pytree(p)[0])(path)
+            moved = flat + noise * jax.random.normal(key, flat.shape)
+            return jax.vmap(jax.flatten_util.ravel_pytree(params)[1])(moved)
+
+        keys = jax.random.split(key, len(size.noises))
+        return jax.vmap(beside)(jnp.array(size.noises), keys)
+
+    def run(keys):
+        every = jax.vmap(starts)(keys)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), every)
+        found = critical_points(loss, flat, num_steps=size.newton_steps)
+        return found._replace(params=())
+
+    found = jax.jit(run)(jax.random.split(jax.random.key(1406), size.seeds))
+    names = ("loss", "saddle_index", "gradient_norm")
+    return {name: getattr(found, name) for name in names}
+
+
+def train(size: Size, name: str, loss, init) -> dict[str, Any]:
+    """Trains with every learning rate from the same starts.
+
+    Returns:
+        "rates" `[rates]`; "losses" `[rates, seeds, length + 1]`; "saddle_index" and
+        "least" (smallest over largest curvature) at the ends, `[rates, seeds]`.
+    """
+    print(f"Training with {name}.", flush=True)
+    make, usual = RULES[name]
+
+    def one(rate, key):
+        tx = optax.with_extra_args_support(make(rate))
+        params = init(key)
+
+        def body(carry, _):
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, state = tx.update(grads, state, params, value_fn=loss)
+            return (optax.apply_updates(params, updates), state), value
+
+        (params, _), losses = jax.lax.scan(
+            body, (params, tx.init(params)), length=size.length
+        )
+        x, restore = jax.flatten_util.ravel_pytree(params)
+        values = jnp.linalg.eigvalsh(jax.hessian(lambda x: loss(restore(x)))(x))
+        index = jnp.mean(values < -1e-4 * jnp.max(jnp.abs(values)))
+        least = values[0] / jnp.max(jnp.abs(values))
+        return jnp.append(losses, loss(params)), index, least
+
+    rates = usual * jnp.array(size.rates)
+    keys = jax.random.split(jax.random.key(2572), size.seeds)
+    over_seeds = lambda rate: jax.lax.map(lambda key: one(rate, key), keys)
+    losses, index, least = jax.jit(lambda r: jax.lax.map(over_seeds, r))(rates)
+    return {"rates": rates, "losses": losses, "saddle_index": index, "least": least}
+
+
+def _best(run: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the runs of the learning rate with the lowest median loss in the end."""
+    ends = np.nan_to_num(run["losses"][..., -1], nan=np.inf)
+    i = int(np.argmin(np.median(ends, axis=1)))
+    chosen = {k: run[k][i] for k in ("losses", "saddle_index", "least")}
+    return {"rate": run["rates"][i], **chosen}
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Returns Spearman's correlation of `[n]` and `[n]`; NaN if one is constant."""
+
+    def ranks(v):
+        _, inverse, counts = np.unique(v, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+def _bands(points, found) -> list[dict[str, Any]]:
+    """Returns the losses of critical points by bands of their index."""
+    loss, index = points["loss"][found], points["saddle_index"][found]
+    rows = []
+    for low, high in ((0.0, 0.02), (0.02, 0.05), (0.05, 0.1), (0.1, 0.2), (0.2, 1.1)):
+        inside = loss[(index >= low) & (index < high)]
+        if len(inside):
+            quarters = np.quantile(inside, (0.25, 0.5, 0.75))
+            rows.append(
+                {
+                    "index from": low,
+                    "points": len(inside),
+                    **dict(zip(("25%", "median loss", "75%"), quarters, strict=True)),
+                }
+            )
+    return [{k: float(v) for k, v in row.items()} for row in rows]
+
+
+def _draw(path: pathlib.Path, points, found, best) -> None:
+    with figure(path, 1, 2, panel=(4.2, 3.2)) as axes:
+        axes[0].plot(points["loss"][found], points["saddle_index"][found], "o", ms=3)
+        axes[0].set(xlabel="loss", ylabel="share of negative curvatures")
+        axes[0].set_title("critical points")
+        for colour, (name, run) in zip(COLOURS, best.items(), strict=False):
+            median = np.median(run["losses"], axis=0)
+            axes[1].plot(median, color=colour, label=f"{name}, {run['rate']:.2g}")
+        axes[1].set(xlabel="steps", ylabel="training loss", yscale="log")
+        axes[1].set_title("training, best learning rates")
+        axes[1].legend(frameon=False)

@@ -1,0 +1,46 @@
+"""The reproduction on critical points, at a tiny size."""
+
+import numpy as np
+import scipy.stats
+
+from experiments.reproduce import dauphin
+from tasks.images import ImageMLP
+
+TINY = dauphin.Size(
+    ImageMLP("digits", (2,), "tanh", batch_size=32, image_size=2),
+    seeds=2,
+    steps=(0, 5),
+    newton_steps=40,
+    length=20,
+    rates=(0.1, 1.0),
+)
+
+
+def test_rank_correlation_is_scipys():
+    x = np.array([3.0, 1.0, 1.0, 2.0, 5.0, 1.0])
+    y = np.array([0.1, 0.2, 0.1, 0.1, 0.9, 0.0])
+    expected = scipy.stats.spearmanr(x, y).statistic
+    np.testing.assert_allclose(dauphin.rank_correlation(x, y), expected)
+
+
+def test_the_report_follows_from_the_runs(tmp_path, monkeypatch):
+    report = dauphin.reproduce(tmp_path, TINY)
+    bands, training = report["tables"].values()
+    tag = dauphin._tag(TINY)
+    with np.load(tmp_path / f"points-{tag}.npz") as points:
+        assert points["loss"].shape == (8,)
+        found = points["gradient_norm"] < 1e-4
+        assert 0 < found.sum() == sum(row["points"] for row in bands)
+    for row in training:
+        with np.load(tmp_path / f"{row['rule']}-{tag}.npz") as run:
+            assert run["losses"].shape == (2, 2, 21)
+            ends = np.median(run["losses"][..., -1], axis=1)
+            np.testing.assert_allclose(row["loss"], ends.min(), rtol=1e-5)
+            # The same starts for all, and training that trains.
+            first = run["losses"][:, :, 0]
+            np.testing.assert_allclose(first[0], first[1], rtol=1e-6)
+            assert row["loss"] < np.median(first)
+    assert (tmp_path / "dauphin.png").exists()
+    # What was found is not searched again.
+    monkeypatch.setattr(dauphin, "critical_points", None)
+    assert dauphin.reproduce(tmp_path, TINY)["tables"] == report["tables"]
