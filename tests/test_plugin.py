@@ -1,5 +1,7 @@
 """A learned optimizer is an optax transformation wherever one is expected."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,11 +24,13 @@ def _loss(params):
     return jnp.sum((params["scale"] * y - 0.5) ** 2) + jnp.sum(params["empty"])
 
 
+@functools.cache
 def _bound(name):
     rule = RULES[name]
     return rule.as_optax(rule.init_theta(jax.random.key(0)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _step(tx, params, state):
     value, grads = jax.value_and_grad(_loss)(params)
     updates, state = tx.update(grads, state, params, value=value)
@@ -34,10 +38,9 @@ def _step(tx, params, state):
 
 
 def _train(tx, params=PARAMS, steps=3):
-    step = jax.jit(lambda p, s: _step(tx, p, s))
     state = tx.init(params)
     for _ in range(steps):
-        params, state = step(params, state)
+        params, state = _step(tx, params, state)
     return params
 
 
@@ -61,7 +64,7 @@ def test_chain(name):
         grads = jax.grad(_loss)(params)
         norm = optax.tree.norm(grads)
         clipped = jax.tree.map(lambda g, n=norm: g * jnp.minimum(1.0, 0.1 / n), grads)
-        updates, state = plain.update(clipped, state, params)
+        updates, state = jax.jit(plain.update)(clipped, state, params)
         params = jax.tree.map(lambda p, u: p + u - 0.01 * p, params, updates)
     _assert_close(_train(tx, steps=2), params)
 
