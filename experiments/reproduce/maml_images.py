@@ -30,7 +30,7 @@ from tasks.episodes import ImageEpisodes
 
 _PUBLISHED = "89.7 (without convolutions)"
 # Outer steps, hidden layers and episodes, by whether this is the size for a GPU.
-SIZES = {False: (4000, (128, 64), 300), True: (60_000, (256, 128, 64, 64), 2000)}
+SIZES = {False: (2000, (128, 64), 300), True: (60_000, (256, 128, 64, 64), 2000)}
 # Classes of an episode, and classes that episodes of training are drawn from.
 CLASSES = {"digits": (2, 6), "omniglot": (5, 100)}
 
