@@ -13,7 +13,7 @@ _CACHE = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Reading the cache logs an error per program about features that are no real ones.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Most of the suite's time is compilation: what follows makes it several times shorter.
+# Most of the suite's time is compilation: what follows makes it shorter.
 _FLAGS = [
     "--xla_force_host_platform_device_count=4",
     "--xla_backend_optimization_level=0",
