@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from experiments.config import MetaTrain, Outer, Training
     from metaopt.optimizers.base import LearnedOptimizer
+    from metaopt.task import Task
     from tasks.images import ImageTask
 
 
@@ -67,7 +68,7 @@ def _digits_pes() -> MetaTrain:
         loss_cap=1.5 * math.log(10),
     )
     return MetaTrain(
-        estimator=PES(learner, num_tasks=16, block=4, window=50, std=0.01),
+        estimator=PES(learner, num_tasks=16, window=50, std=0.01),
         outer=Outer("adam", learning_rate=5e-3, warmup=20),
         num_steps=1500,
     )
@@ -119,6 +120,7 @@ def _small_images() -> tuple[ImageTask, ...]:
 
 
 def _celo2() -> MetaTrain:
+    import tasks
     from experiments.config import MetaTrain, Outer
     from metaopt.augment import Reparametrised
     from metaopt.estimators import NRES, Mixture
@@ -126,26 +128,40 @@ def _celo2() -> MetaTrain:
     from metaopt.optimizers import Celo2
 
     optimizer = Celo2(
-        learning_rate=3e-3, adam_multiplier=3.0, start="momentum", schedule="cosine"
+        learning_rate=3e-3, adam_multiplier=3.0, start="look-ahead", schedule="cosine"
     )
-    # Steps have a fixed size, so scales of the parameters are learning rates as well:
-    # they surround the best ones, which are what users tune and what theta is for.
-    best = (2.0, 2.0, 2.0, 5.0)
-    learners = [
-        TrainTask(
-            Reparametrised(task, "global", minimum=scale / 3, maximum=scale * 3),
+    text = tasks.LanguageTransformer("python-manual", width=16, depth=1, batch_size=8)
+    gru = tasks.ImageRecurrent("mnist", 16, "gru", batch_size=32, image_size=8)
+    code = tasks.ImageAutoencoder("mnist", (32, 8), batch_size=64, image_size=8)
+    digits, mlp, layered, conv = _small_images()
+    # Task, scale, classes, weight. Steps have a fixed size, so scales of the parameters
+    # are learning rates as well: they surround the best ones, which are what users tune
+    # and what theta is for. The weights make the parts' gradients equally long.
+    kinds: tuple[tuple[Task, float, int, float], ...] = (
+        (tasks.PhysicsInformed("oscillator"), 4.0, 10, 0.5),
+        (text, 2.3, 100, 23.0),
+        (gru, 4.5, 10, 3.0),
+        (code, 2.3, 10, 30.0),
+        (digits, 2.0, 10, 1.0),
+        (mlp, 2.0, 10, 6.0),
+        (layered, 2.0, 10, 6.0),
+        (conv, 5.0, 10, 4.0),
+    )
+    parts = []
+    for task, scale, classes, _ in kinds:
+        learner = TrainTask(
+            Reparametrised(task, "global", minimum=scale / 2, maximum=scale * 2),
             optimizer,
             horizon=LogUniform(100, 1000),
-            meta_loss="mean-log",
-            loss_cap=1.5 * math.log(10),
+            meta_loss="late-log",
+            loss_cap=1.5 * math.log(classes),
         )
-        for task, scale in zip(_small_images(), best, strict=True)
-    ]
-    parts = [NRES(x, num_tasks=4, window=50, std=0.05) for x in learners]
+        parts.append(NRES(learner, num_tasks=256, window=50, std=0.03))
+    weights = tuple(weight for *_, weight in kinds)
     return MetaTrain(
-        estimator=Mixture(tuple(parts)),
-        outer=Outer("adam", learning_rate=5e-3, warmup=50, weight_decay=1e-3),
-        num_steps=2400,
+        estimator=Mixture(tuple(parts), weights),
+        outer=Outer("adam", learning_rate=4e-3, warmup=20, weight_decay=1e-3),
+        num_steps=440,
     )
 
 
@@ -222,7 +238,7 @@ META_TRAIN = {
         _images_pes,
     ),
     "celo2": Preset(
-        "Celo2, from Muon on, on four classifiers of 8x8 images; hours",
+        "Celo2, from Muon on, on eight small tasks; minutes of a large GPU",
         _celo2,
     ),
     "star": Preset(

@@ -59,6 +59,7 @@ def draw_length(horizon: Horizon, window: int, key: jax.Array) -> jax.Array:
     return window * windows.astype(jnp.int32)
 
 
+_META_LOSSES = ("mean", "final", "mean-log", "late-log")
 # Keeps the logarithm of a loss finite.
 _SMALL_LOSS = 1e-4
 
@@ -167,9 +168,11 @@ class TrainTask:
         optimizer: the rule whose theta is learned.
         horizon: length of a training run in inner steps, fixed or log-uniform.
         meta_split: "train" or "valid", the data the meta-loss is measured on.
-        meta_loss: "mean" of the losses of a run, the "final" one, or "mean-log", the
-            mean of `log(loss + 1e-4)`, to which a run's end counts as much as its start
-            and an easy task as much as a hard one; losses must not be negative.
+        meta_loss: "mean" of the losses of a run; the "final" one; "mean-log", the mean
+            of `log(loss + 1e-4)`, to which a run's end counts as much as its start and
+            an easy task as much as a hard one; or "late-log", the same with weights
+            that grow linearly from nearly 0 to nearly 2. For the logarithms losses must
+            not be negative.
         loss_cap: largest loss of a step that enters the meta-loss, None for no limit;
             bounds what a diverging run adds to the meta-gradient. For a classifier
             1.5 times the log of the number of classes is usual.
@@ -200,7 +203,7 @@ class TrainTask:
         validate.instance("optimizer", self.optimizer, LearnedOptimizer, "SmallFC()")
         check_horizon(self.horizon)
         validate.one_of("meta_split", self.meta_split, ("train", "valid"))
-        validate.one_of("meta_loss", self.meta_loss, ("mean", "final", "mean-log"))
+        validate.one_of("meta_loss", self.meta_loss, _META_LOSSES)
         if self.loss_cap is not None:
             validate.number("loss_cap", self.loss_cap)
 
@@ -243,10 +246,12 @@ class TrainTask:
             loss = metrics[self.meta_metric]
         if self.loss_cap is not None:
             loss = jnp.minimum(loss, self.loss_cap)
-        if self.meta_loss == "mean-log":
+        if self.meta_loss in ("mean-log", "late-log"):
             loss = jnp.log(loss + _SMALL_LOSS)
         if self.meta_loss == "final":
             weight = jnp.where(count + 1 == length, length, 0).astype(jnp.float32)
+        elif self.meta_loss == "late-log":
+            weight = (2.0 * count + 1.0) / length
         else:
             weight = jnp.float32(1.0)
         state = TrainState(instance, params, opt_state, count + 1, length)

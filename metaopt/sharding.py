@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "tasks"
+_CPU_BLOCK = 4
 
 
 def task_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -39,7 +40,11 @@ def check_divisible(num_tasks: int, devices: int) -> None:
 
 
 def map_over_tasks(
-    fn: Callable[..., Any], shared: chex.ArrayTree, split: chex.ArrayTree, *, block: int
+    fn: Callable[..., Any],
+    shared: chex.ArrayTree,
+    split: chex.ArrayTree,
+    *,
+    block: int | None,
 ) -> Any:
     """Computes `fn(shared, split[i])` for every task `i` and stacks the results.
 
@@ -51,7 +56,7 @@ def map_over_tasks(
         fn: function of the shared arguments and of one task's arguments.
         shared: pytree that every task sees whole.
         split: pytree whose leaves have a leading task axis `[n, ...]`.
-        block: tasks per block.
+        block: tasks per block; None for 4 on a CPU and for all elsewhere.
 
     Returns:
         A pytree whose leaves have a leading axis `[n, ...]`.
@@ -63,12 +68,13 @@ def map_over_tasks(
     def local(shared, split):
         vectorised = jax.vmap(lambda one: fn(shared, one))
         num_tasks = jax.tree.leaves(split)[0].shape[0]
-        if block >= num_tasks:
+        size = block or (_CPU_BLOCK if jax.default_backend() == "cpu" else num_tasks)
+        if size >= num_tasks:
             return vectorised(split)
         # Not `jax.lax.map(batch_size=)`, which fails on leaves without elements.
-        blocks, rest = divmod(num_tasks, block)
+        blocks, rest = divmod(num_tasks, size)
         head = jax.tree.map(
-            lambda x: x[: num_tasks - rest].reshape(blocks, block, *x.shape[1:]), split
+            lambda x: x[: num_tasks - rest].reshape(blocks, size, *x.shape[1:]), split
         )
         out = jax.tree.map(
             lambda x: x.reshape(num_tasks - rest, *x.shape[2:]),

@@ -265,9 +265,10 @@ def test_a_cosine_ends_at_num_steps_and_decays_the_parameters():
     jax.tree.map(close, train(rule.as_optax(theta)), constant)
 
 
+@pytest.mark.parametrize("start", ["momentum", "look-ahead"])
 @pytest.mark.parametrize("widths", [(8, 8), (4,), (2, 2, 2)])
-def test_meta_training_can_start_from_muon(widths):
-    rule = Celo2(widths=widths, start="momentum")
+def test_meta_training_can_start_from_muon(widths, start):
+    rule = Celo2(widths=widths, start=start)
     theta = rule.init_theta(jax.random.key(0))
     shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]
     plain = dataclasses.replace(rule, start="random")
@@ -277,9 +278,12 @@ def test_meta_training_can_start_from_muon(widths):
     state, momentum = tx.init(params), np.zeros((7, 4))
     for i in range(3):
         g = jax.random.normal(jax.random.key(i), (7, 4))
-        momentum = 0.9 * momentum + 0.1 * np.asarray(g, np.float64)
+        g64 = np.asarray(g, np.float64)
+        momentum = 0.9 * momentum + 0.1 * g64
         u, state = tx.update(g, state, params)
-    expected = orthogonalized(momentum)
+    unit = lambda x: x / np.sqrt(np.mean(x**2))
+    ahead = 0.3 * unit(g64) if start == "look-ahead" else 0.0
+    expected = orthogonalized(unit(momentum) + ahead)
     expected = expected / np.sqrt(np.mean(expected**2))
     np.testing.assert_allclose(u, expected, atol=1e-4)
 
@@ -313,14 +317,14 @@ def test_weights_survive_a_file(tmp_path):
 
 
 def test_bundled_weights_load_with_other_settings():
-    rule, theta, _ = load_with_info("celo2-images")
+    rule, theta, _ = load_with_info("celo2-mixed")
     schedule = optax.cosine_decay_schedule(0.01, 4)
     expected = train(celo2_adamw(theta, schedule, rule=rule, weight_decay=0.1))
-    tx = load("celo2-images", num_steps=4, learning_rate=0.01, weight_decay=0.1)
+    tx = load("celo2-mixed", num_steps=4, learning_rate=0.01, weight_decay=0.1)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
     jax.tree.map(close, train(tx), expected)
     with pytest.raises(ValueError, match="Did you mean 'learning_rate'"):
-        load("celo2-images", learning_rat=0.01)
+        load("celo2-mixed", learning_rat=0.01)
 
 
 def test_mistakes_are_named():
@@ -338,8 +342,9 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=f"{field} must lie in"):
             dataclasses.replace(BASE, **{field: value})
-    with pytest.raises(ValueError, match="widths must be at least 2"):
-        Celo2(widths=(8, 1), start="momentum")
+    for start in ("momentum", "look-ahead"):
+        with pytest.raises(ValueError, match=f'at least 2 where start="{start}"'):
+            Celo2(widths=(8, 1), start=start)
     for field in ("start", "schedule"):
         with pytest.raises(ValueError, match=f"{field} must be one of"):
             Celo2(**{field: "x"})

@@ -98,18 +98,20 @@ def test_loss_cap_bounds_the_meta_loss_and_not_the_training():
     np.testing.assert_array_equal(capped.params, free.params)
 
 
-def test_the_meta_loss_can_be_the_mean_of_logarithms():
+def test_the_meta_loss_can_be_a_mean_of_logarithms():
     rule, runs = Fixed("sgd", (("learning_rate", 0.1),)), []
-    for meta_loss in ("mean", "mean-log"):
+    for meta_loss in ("mean", "mean-log", "late-log"):
         learner = TrainTask(
             toys.FixedQuadratic(), rule, horizon=6, loss_cap=2.0, meta_loss=meta_loss
         )
         state = learner.reset((), (), jax.random.key(0), length=6)
         runs.append(unroll(learner, (), state, (), jax.random.key(1), length=6))
-    (state, out), (log_state, log_out) = runs
+    (state, out), (log_state, log_out), (_, late_out) = runs
     np.testing.assert_allclose(log_out.loss, np.log(out.loss + 1e-4), rtol=1e-6)
     np.testing.assert_array_equal(log_out.weight, 1.0)
     np.testing.assert_array_equal(log_state.params, state.params)
+    np.testing.assert_array_equal(late_out.loss, log_out.loss)
+    np.testing.assert_allclose(late_out.weight, np.array([1, 3, 5, 7, 9, 11]) / 6)
 
 
 def test_log_uniform_horizons():

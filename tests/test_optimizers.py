@@ -25,6 +25,7 @@ from metaopt.optimizers import (
     SmallFC,
     VeLO,
     features,
+    network,
 )
 from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.testing import ConformanceError, check_optimizer
@@ -266,6 +267,33 @@ class _Nan(Hyper):
         updates, state = super().update(theta, grads, state, params)
         bad = jnp.sqrt(0.0 * theta["learning_rate"])
         return jax.tree.map(lambda u: u + bad.astype(u.dtype), updates), state
+
+
+def test_the_network_is_a_product_everywhere_but_on_the_cpu():
+    # Written out unit by unit, XLA compiles it for minutes for a GPU.
+    keys = jax.random.split(jax.random.key(0), 4)
+    theta = network.init_network(keys[0], (30, 8, 8, 3))
+    w = jax.random.normal(keys[1], (30, 8))
+    inputs = list(jax.random.normal(keys[2], (30, 5, 7)))
+    start = [jax.random.normal(keys[3], (8, 5, 1)), jnp.ones((8, 1, 7))]
+    arguments = theta, w, inputs, start
+    traced = jax.jit(network.network_outputs).trace(*arguments)
+    operations = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert operations["cpu"].count("stablehlo.multiply") > 300
+    for platform in ("cuda", "tpu"):
+        assert operations[platform].count("stablehlo.dot_general") == 3
+        assert operations[platform].count("stablehlo.multiply") == 0
+    first = jnp.einsum("ih,i...->h...", w, jnp.stack(inputs), precision="highest")
+    x = first + start[0] + start[1]
+    for name in ("linear_1", "linear_2"):
+        x = jnp.einsum("io,i...->o...", theta[name]["w"], jax.nn.relu(x))
+    got = jnp.stack(network.network_outputs(*arguments))
+    np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4)
+    products = network._chunked([theta["linear_1"], theta["linear_2"]], *arguments[1:])
+    np.testing.assert_allclose(jnp.stack(products), x, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

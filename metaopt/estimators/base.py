@@ -61,12 +61,13 @@ class OverTasks:
     Attributes:
         learner: what is meta-trained; gives the horizon.
         num_tasks: episodes unrolled in parallel, `n`.
-        block: tasks vectorised together on one device; smaller blocks stay in cache.
+        block: tasks vectorised together on one device; None for 4 on a CPU, whose cache
+            small blocks stay in, and for all elsewhere.
     """
 
     learner: Learner
     num_tasks: int = 16
-    block: int = 4
+    block: int | None = None
 
     def __post_init__(self):
         for method in ("load", "init_theta", "reset", "step", "horizon"):
@@ -77,7 +78,8 @@ class OverTasks:
                 )
         check_horizon(self.learner.horizon)
         validate.integer("num_tasks", self.num_tasks)
-        validate.integer("block", self.block)
+        if self.block is not None:
+            validate.integer("block", self.block)
 
     def load(self):
         return self.learner.load()

@@ -19,6 +19,8 @@ _SQUARE_EPSILON = 1e-8
 _ROOT_EPSILON = 1e-30
 _ITERATIONS = 5
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Part of the gradient in the direction, by start.
+_LOOK_AHEAD = {"momentum": 0.0, "look-ahead": 0.3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Celo2(LearnedOptimizer):
 
     Reconstructions: in tensors of more than two axes every pair of the last two is
     orthogonalised alone, and the size is taken over the whole tensor; meta-training
-    uses `learning_rate`. Not in the paper are `start="momentum"` and
+    uses `learning_rate`. Not in the paper are the starts other than "random" and
     `schedule="cosine"`, with which meta-training meets the schedule that users run.
 
     Attributes:
@@ -49,9 +51,11 @@ class Celo2(LearnedOptimizer):
         adam_multiplier: learning rate of Adam as a multiple of the network's.
         weight_decay: decay of the parameters per step, times the learning rate; used
             without `celo2_adamw`.
-        start: what meta-training starts from: "random" weights, or "momentum", a
-            network whose direction is the average gradient of the first decay, which
-            with `orthogonalize` is Muon (Jordan et al., 2024) without the look-ahead.
+        start: what meta-training starts from: "random" weights; "momentum", a network
+            whose direction is the average gradient of the first decay, which with
+            `orthogonalize` is Muon (Jordan et al., 2024) without the look-ahead; or
+            "look-ahead", to which 0.3 of the gradient is added, both divided by their
+            root mean square.
         schedule: "constant", or "cosine" down to 0 at `num_steps`; used without
             `celo2_adamw`, and constant where `num_steps` is not given.
 
@@ -83,10 +87,10 @@ class Celo2(LearnedOptimizer):
         for name in ("learning_rate", "adam_multiplier"):
             validate.number(name, getattr(self, name), low=0.0, open_low=True)
         validate.number("weight_decay", self.weight_decay, low=0.0)
-        validate.one_of("start", self.start, ("random", "momentum"))
-        if self.start == "momentum" and min(self.widths) < 2:
+        validate.one_of("start", self.start, ("random", *_LOOK_AHEAD))
+        if self.start != "random" and min(self.widths) < 2:
             raise ValueError(
-                'widths must be at least 2 where start="momentum", '
+                f'widths must be at least 2 where start="{self.start}", '
                 f"got widths={self.widths}."
             )
         validate.one_of("schedule", self.schedule, ("constant", "cosine"))
@@ -94,7 +98,9 @@ class Celo2(LearnedOptimizer):
     def init_theta(self, key):
         inputs = velo_features.num_features(len(self.decays))
         theta = init_network(key, (inputs, *self.widths, 3))
-        return theta if self.start == "random" else _carry_momentum(theta)
+        if self.start == "random":
+            return theta
+        return _carry_momentum(theta, _LOOK_AHEAD[self.start])
 
     def init(self, theta, params, *, num_steps=None, key=None):
         del key
@@ -290,13 +296,15 @@ def _update_leaf(rule, theta, g, p, m, v, row, col):
     return direction.astype(dtype), *averages
 
 
-def _carry_momentum(theta):
+def _carry_momentum(theta, look_ahead):
     """Lets the first two units of each layer carry the momentum to the direction.
+
+    `look_ahead` times the gradient is added to it.
 
     One carries its positive part and one its negative part, undisturbed; what the other
     weights do is scaled down, so that it changes the direction little by little.
     """
-    momentum, scale = 3, 0.3
+    gradient, momentum, scale = 0, 3, 0.3
     pair = jnp.array([1.0, -1.0])
     theta = jax.tree.map(lambda x: scale * x, theta)
     last = len(theta) - 1
@@ -304,6 +312,7 @@ def _carry_momentum(theta):
         w = theta[f"linear_{i}"]["w"]
         if i == 0:
             w = w.at[:, :2].set(0.0).at[momentum, :2].set(pair)
+            w = w.at[gradient, :2].set(look_ahead * pair)
         elif i < last:
             w = w.at[:, :2].set(0.0).at[:2, :2].set(jnp.eye(2))
         else:

@@ -1,5 +1,6 @@
 """The small networks that learned optimizers apply to every parameter."""
 
+import functools
 import itertools
 import math
 
@@ -7,10 +8,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-# Hidden layers up to this width are written out unit by unit, which XLA turns into one
-# loop without temporaries; wider ones are matrix products over chunks.
+# On the CPU hidden layers up to this width are written out unit by unit, which XLA
+# turns into one loop without temporaries; for a GPU it would compile them for minutes.
+# All others are matrix products over chunks of so many elements.
 _UNROLLED_WIDTH = 8
 _CHUNK = 4096
+_LARGE_CHUNK = 2**20
 
 
 def init_network(key: jax.Array, sizes: tuple[int, ...]) -> dict[str, chex.ArrayTree]:
@@ -52,9 +55,15 @@ def network_outputs(
             first layer.
     """
     rest = [layers[f"linear_{i}"] for i in range(1, len(layers))]
-    if weights.shape[1] <= _UNROLLED_WIDTH:
-        return _unrolled(rest, weights, inputs, start)
-    return _chunked(rest, weights, inputs, start)
+    narrow = weights.shape[1] <= _UNROLLED_WIDTH
+    return jax.lax.platform_dependent(
+        rest,
+        weights,
+        inputs,
+        start,
+        cpu=_unrolled if narrow else _chunked,
+        default=functools.partial(_chunked, size=_LARGE_CHUNK),
+    )
 
 
 def scaled(
@@ -67,9 +76,9 @@ def scaled(
     return step_size * direction * jnp.exp(magnitude_scale * magnitude)
 
 
-def _chunked(rest, weights, inputs, start):
+def _chunked(rest, weights, inputs, start, size=_CHUNK):
     shape = inputs[0].shape
-    rows = max(1, _CHUNK // math.prod(shape[1:]))
+    rows = max(1, size // math.prod(shape[1:]))
     if rows >= shape[0]:
         return _matmul(rest, weights, inputs, start)
     # The last chunk begins early enough to be whole, and its overlap is dropped.
@@ -120,7 +129,9 @@ def _unrolled_jvp(primals, tangents):
 def _matmul(rest, weights, inputs, start):
     shape = inputs[0].shape
     x = jnp.stack(inputs).reshape(len(inputs), -1)
-    hidden = weights.T @ x
+    # On a GPU the default rounds the factors to ten bits.
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    hidden = product(weights.T, x)
     offset = sum(start[1:], start[0])
     if offset.size == offset.shape[0]:
         hidden = hidden + offset.reshape(-1, 1)
@@ -128,5 +139,5 @@ def _matmul(rest, weights, inputs, start):
         offset = jnp.broadcast_to(offset, (len(hidden), *shape))
         hidden = hidden + offset.reshape(hidden.shape)
     for layer in rest:
-        hidden = layer["w"].T @ jax.nn.relu(hidden) + layer["b"][:, None]
+        hidden = product(layer["w"].T, jax.nn.relu(hidden)) + layer["b"][:, None]
     return list(hidden.reshape(-1, *shape))
