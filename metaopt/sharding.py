@@ -56,7 +56,8 @@ def map_over_tasks(
         fn: function of the shared arguments and of one task's arguments.
         shared: pytree that every task sees whole.
         split: pytree whose leaves have a leading task axis `[n, ...]`.
-        block: tasks per block; None for 4 on a CPU and for all elsewhere.
+        block: tasks per block; None for 4 where JAX's default backend is the CPU, and
+            for all elsewhere.
 
     Returns:
         A pytree whose leaves have a leading axis `[n, ...]`.
@@ -68,7 +69,9 @@ def map_over_tasks(
     def local(shared, split):
         vectorised = jax.vmap(lambda one: fn(shared, one))
         num_tasks = jax.tree.leaves(split)[0].shape[0]
-        size = block or (_CPU_BLOCK if jax.default_backend() == "cpu" else num_tasks)
+        size = block
+        if size is None:
+            size = _CPU_BLOCK if jax.default_backend() == "cpu" else num_tasks
         if size >= num_tasks:
             return vectorised(split)
         # Not `jax.lax.map(batch_size=)`, which fails on leaves without elements.

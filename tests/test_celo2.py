@@ -265,7 +265,7 @@ def test_a_cosine_ends_at_num_steps_and_decays_the_parameters():
     jax.tree.map(close, train(rule.as_optax(theta)), constant)
 
 
-@pytest.mark.parametrize("start", ["momentum", "look-ahead"])
+@pytest.mark.parametrize("start", ["momentum", "nesterov"])
 @pytest.mark.parametrize("widths", [(8, 8), (4,), (2, 2, 2)])
 def test_meta_training_can_start_from_muon(widths, start):
     rule = Celo2(widths=widths, start=start)
@@ -282,7 +282,7 @@ def test_meta_training_can_start_from_muon(widths, start):
         momentum = 0.9 * momentum + 0.1 * g64
         u, state = tx.update(g, state, params)
     unit = lambda x: x / np.sqrt(np.mean(x**2))
-    ahead = 0.3 * unit(g64) if start == "look-ahead" else 0.0
+    ahead = 0.3 * unit(g64) if start == "nesterov" else 0.0
     expected = orthogonalized(unit(momentum) + ahead)
     expected = expected / np.sqrt(np.mean(expected**2))
     np.testing.assert_allclose(u, expected, atol=1e-4)
@@ -342,7 +342,7 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=f"{field} must lie in"):
             dataclasses.replace(BASE, **{field: value})
-    for start in ("momentum", "look-ahead"):
+    for start in ("momentum", "nesterov"):
         with pytest.raises(ValueError, match=f'at least 2 where start="{start}"'):
             Celo2(widths=(8, 1), start=start)
     for field in ("start", "schedule"):

@@ -21,6 +21,7 @@ from metaopt.fewshot import Growth, InContext, Transformer
 from metaopt.learner import LogUniform, TrainTask
 from metaopt.optimizers import Hyper
 from metaopt.registry import ESTIMATORS
+from metaopt.sharding import map_over_tasks
 from metaopt.testing import Quadratic, check_estimator
 from tasks.function_families import family
 from tests import toys
@@ -51,6 +52,20 @@ CONFORMING = [
 
 def test_every_registered_estimator_is_in_the_tables():
     assert {type(estimator) for estimator in CONFORMING} == set(ESTIMATORS.values())
+
+
+def test_blocks_are_small_on_a_cpu_alone(monkeypatch):
+    numbers = jnp.arange(10.0)
+
+    def run(block):
+        return map_over_tasks(lambda a, x: a * x, 2.0, numbers, block=block)
+
+    for block in (None, 1, 3, 10, 99):
+        np.testing.assert_array_equal(run(block), 2.0 * numbers)
+    loops = lambda: str(jax.make_jaxpr(lambda: run(None))()).count("scan")
+    assert loops() == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert loops() == 0
 
 
 @pytest.mark.parametrize("estimator", CONFORMING, ids=lambda e: type(e).__name__)

@@ -10,27 +10,26 @@ import pytest
 from experiments.presets import META_TRAIN
 from metaopt.estimators import Mixture
 from metaopt.train import make_trainer, meta_init, meta_step
+from tasks.images import ImageTask
 
 MIXTURES = ("celo2", "small-fc", "star", "velo-small", "images-pes")
 
 
-def on_digits(name, **fields):
-    """Returns a preset with the last task of its mixture alone, on the digits."""
+def on_digits(name, part=-1, **fields):
+    """Returns a preset with one part of its mixture alone, its images the digits."""
     config = META_TRAIN[name].build()
-    component = config.estimator.estimators[-1]
+    component = config.estimator.estimators[part]
     rescaled = component.learner.task
-    task = dataclasses.replace(rescaled.task, dataset="digits", image_size=8)
+    task = rescaled.task
+    if isinstance(task, ImageTask):
+        task = dataclasses.replace(task, dataset="digits", image_size=8)
     rescaled = dataclasses.replace(rescaled, task=task)
     learner = dataclasses.replace(component.learner, task=rescaled)
     component = dataclasses.replace(component, learner=learner, **fields)
     return dataclasses.replace(config, estimator=Mixture((component,)))
 
 
-@pytest.mark.parametrize(
-    "name", ["celo2", *(pytest.param(x, marks=pytest.mark.slow) for x in MIXTURES[1:])]
-)
-def test_a_mixture_takes_a_step_that_keeps_its_state_in_shape(name):
-    config = on_digits(name, num_tasks=2)
+def check_a_step(config):
     tx = config.outer.transformation(config.num_steps)
     estimator, data = config.estimator, config.estimator.load()
     state = jax.eval_shape(
@@ -42,6 +41,24 @@ def test_a_mixture_takes_a_step_that_keeps_its_state_in_shape(name):
     for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
     assert {"meta_loss", "loss_0"} <= set(metrics)
+
+
+@pytest.mark.parametrize(
+    "name", ["celo2", *(pytest.param(x, marks=pytest.mark.slow) for x in MIXTURES[1:])]
+)
+def test_a_mixture_takes_a_step_that_keeps_its_state_in_shape(name):
+    check_a_step(on_digits(name, num_tasks=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(7))
+def test_so_does_every_part_of_celo2(part):
+    check_a_step(on_digits("celo2", part, num_tasks=2))
+
+
+def test_celo2_weighs_all_its_parts():
+    mixture = META_TRAIN["celo2"].build().estimator
+    assert len(mixture.weights) == len(mixture.estimators) == 8
 
 
 @pytest.mark.slow

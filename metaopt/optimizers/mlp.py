@@ -77,7 +77,8 @@ class MLP(LearnedOptimizer):
         leaves = zip(*(treedef.flatten_up_to(c) for c in columns), strict=True)
         decays, first = jnp.asarray(self.decays), theta["linear_0"]
         n = len(features.TIMESCALES)
-        bias = features.time_features(state.step) @ first["w"][-n:] + first["b"]
+        time = features.time_features(state.step)
+        bias = jnp.dot(time, first["w"][-n:], precision="highest") + first["b"]
         updates, momenta = [], []
         for g, p, m in leaves:
             m = features.average(m, g.astype(jnp.float32), decays)

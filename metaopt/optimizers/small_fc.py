@@ -205,7 +205,10 @@ class SmallFC(LearnedOptimizer):
     def _shared(self, theta, step):
         first = theta["network"]["linear_0"]
         n = len(features.TIMESCALES)
-        bias = features.time_features(step) @ first["w"][-n:] + first["b"]
+        time = jnp.dot(
+            features.time_features(step), first["w"][-n:], precision="highest"
+        )
+        bias = time + first["b"]
         return _Shared(theta["network"], first["w"][:-n], bias)
 
     def _step_of(self, shared, tensor, active):
@@ -313,4 +316,5 @@ def _linear(weights, accumulator, axis):
     x = jnp.concatenate([accumulator, jax.lax.rsqrt(accumulator + 1e-8)])
     mean_square = jnp.mean(x * x, axis=tuple(range(1, x.ndim)))
     weights = weights * features.inverse_rms(mean_square)[:, None]
-    return jnp.expand_dims(jnp.tensordot(weights, x, axes=(0, 0)), 1 + axis)
+    product = jnp.tensordot(weights, x, axes=(0, 0), precision="highest")
+    return jnp.expand_dims(product, 1 + axis)

@@ -194,7 +194,8 @@ def _linear(weights, accumulator, axis, epsilon, alone):
     x = jnp.expand_dims(x, 1 + axis)
     axes = tuple(range(1 + alone, x.ndim))
     mean_square = jnp.mean(x * x, axis=axes, keepdims=True)
-    return jnp.tensordot(weights, x * jax.lax.rsqrt(mean_square + epsilon), axes=(0, 0))
+    x = x * jax.lax.rsqrt(mean_square + epsilon)
+    return jnp.tensordot(weights, x, axes=(0, 0), precision="highest")
 
 
 def _vector_outputs(network, g, p, averages, square_epsilon, epsilon):

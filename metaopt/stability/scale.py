@@ -102,6 +102,7 @@ class ScaleProbe(Probe):
 
     @classmethod
     def full(cls):
+        # Wider ones take hours of a CPU.
         width = tuple((n, MoonsNet((n, n), 32)) for n in (16, 64, 256, 1024))
         depth = tuple((n, MoonsNet((16,) * n, 32)) for n in (2, 4, 8, 16, 32))
         batch = tuple((n, MoonsNet((16, 16), n)) for n in (1, 4, 16, 64, 128))
