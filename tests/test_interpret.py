@@ -187,6 +187,25 @@ def test_schedule_follows_the_counter():
     )
 
 
+def ramp(length):
+    """Returns SGD whose rate falls to 0 over `length` steps, which its state holds."""
+
+    def update(grads, state, params=None):
+        step, length = state
+        rate = jnp.where(length > 0, jnp.maximum(1.0 - step / length, 0.0), 1.0)
+        return -rate * grads, (step + 1, length)
+
+    state = jnp.int32(0), jnp.int32(length)
+    return optax.GradientTransformation(lambda params: state, update)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(0, [-1] * 3), (8, [-1, -0.5, 0])])
+def test_only_what_counts_is_a_counter(length, expected):
+    cell = interpret.separable_cell(ramp(length))
+    updates = [cell.step(cell.start, jnp.float32(1.0), n)[1] for n in (0, 4, 10**6)]
+    np.testing.assert_allclose(updates, expected)
+
+
 def test_embedded_cell_freezes_the_other_coordinates():
     # Each update is the gradient over the RMS of the tensor's gradients.
     def update(grads, state, params=None):

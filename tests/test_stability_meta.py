@@ -189,6 +189,15 @@ def test_verdicts_on_slices():
     assert probe.judge(measured(30.0, 9.0), {}).level is Level.FAIL
 
 
+def test_reverse_engineering_says_nothing_of_a_rule_that_has_stopped():
+    schedule = optax.linear_schedule(0.1, 0.0, 100)
+    probe = ReverseProbe(num_steps=40)
+    measured = probe.measure(subject(optax.sgd(schedule)), KEY)
+    verdict = probe.judge(measured, {})
+    assert verdict.level is Level.WARN
+    assert "makes none any more" in verdict.reason
+
+
 def test_reverse_engineering_names_the_fault():
     probe = ReverseProbe(num_steps=40)
     wanted = {

@@ -73,12 +73,13 @@ def embedded_cell(
 def _cell(tx, params, state, grads, assumption, coordinate=0) -> Cell:
     tx = optax.with_extra_args_support(tx)
     axes = coordinate_axes(tx)
+    counters = _counters(tx, params, state, grads)
     rows = split_rows(state, axes, params.size)
     start = split_rows(tx.init(params), axes, params.size)[coordinate]
 
     def step(h, g, count=STEADY):
         before = join_rows(rows.at[coordinate].set(h), state, axes)
-        before = _set_counters(before, count)
+        before = _set_counters(before, counters, count)
         moved = grads.at[coordinate].set(g.astype(grads.dtype))
         updates, after = tx.update(
             moved, before, params, value=jnp.ones((), params.dtype)
@@ -89,13 +90,29 @@ def _cell(tx, params, state, grads, assumption, coordinate=0) -> Cell:
     return Cell(step, start, assumption)
 
 
-def _set_counters(state: chex.ArrayTree, count) -> chex.ArrayTree:
-    def set_leaf(x):
-        if jnp.issubdtype(jnp.result_type(x), jnp.integer) and jnp.ndim(x) == 0:
-            return jnp.asarray(count, jnp.result_type(x))
-        return x
+def _counters(tx, params, state, grads) -> chex.ArrayTree:
+    """Returns which leaves of a state are counters: integers `[]` that a step moves.
 
-    return jax.tree.map(set_leaf, state)
+    Others keep what they show, such as the length of the run.
+    """
+    update = jax.jit(tx.update)
+    _, after = update(grads, state, params, value=jnp.ones((), params.dtype))
+
+    def moves(x, y):
+        whole = jnp.issubdtype(jnp.result_type(x), jnp.integer) and jnp.ndim(x) == 0
+        return bool(whole and x != y)
+
+    return jax.tree.map(moves, state, after)
+
+
+def _set_counters(state: chex.ArrayTree, counters, count) -> chex.ArrayTree:
+    return jax.tree.map(
+        lambda x, is_counter: (
+            jnp.asarray(count, jnp.result_type(x)) if is_counter else x
+        ),
+        state,
+        counters,
+    )
 
 
 class CellState(NamedTuple):

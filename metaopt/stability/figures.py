@@ -122,7 +122,7 @@ def _move_legend(figure: Any, axes: Any) -> None:
     if not labels:
         return
     columns = (
-        1 if max(map(len, labels)) > 36 else 2 if max(map(len, labels)) > 20 else 3
+        1 if max(map(len, labels)) > 36 else 2 if max(map(len, labels)) > 18 else 3
     )
     rows = -(-len(labels) // columns)
     width, height = figure.get_size_inches()

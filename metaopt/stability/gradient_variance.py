@@ -168,7 +168,7 @@ class GradientVarianceProbe(Probe):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("unroll length, inner steps")
-        axes.set_ylabel(f"std of the meta-gradient at the cost of {BUDGET:g} unrolls")
+        axes.set_ylabel(f"std of the meta-gradient, {BUDGET:g} unrolls")
         axes.legend(fontsize="small", frameon=False)
 
 

@@ -60,7 +60,8 @@ class ReverseProbe(Probe):
         - FAIL: an effective momentum above 1.0001, which grows by e in 10,000 steps
           without any gradient; or most gradients are answered by a step up the slope
           (share above 0.5).
-        - WARN: a momentum above 0.9999, a memory of more than 10,000 steps; more than
+        - WARN: no step at all where its counters stand high, of which nothing can be
+          said; a momentum above 0.9999, a memory of more than 10,000 steps; more than
           5 per cent of the gradients answered upwards, or in the range where the update
           function turns back (Adam's does for rare large gradients, so not 0); a drift
           without gradient above 1 per cent of the usual update: it adds up like
@@ -79,6 +80,9 @@ class ReverseProbe(Probe):
                 "gradient."
             )
             return Verdict(Level.FAIL, largest, GROWTH, reason)
+        if not np.any(functions[1:]):
+            reason = "After many steps it makes none any more, whatever the gradient."
+            return Verdict(Level.WARN, np.nan, np.nan, reason)
         climbs = measured["climbs"]
         climb, low, high = (float(f(climbs)) for f in (np.median, np.min, np.max))
         shares = f"{climb:.0%} (range {low:.0%} to {high:.0%})"
