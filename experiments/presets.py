@@ -240,7 +240,7 @@ META_TRAIN = {
         _images_pes,
     ),
     "celo2": Preset(
-        "Celo2, from Muon on, on eight small tasks; minutes of a large GPU",
+        "Celo2, from Muon on, on eight small tasks; minutes of a large GPU, or hours",
         _celo2,
     ),
     "star": Preset(
