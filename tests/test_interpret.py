@@ -206,6 +206,15 @@ def test_only_what_counts_is_a_counter(length, expected):
     np.testing.assert_allclose(updates, expected)
 
 
+def test_a_cell_can_be_made_under_jit():
+    def slope(rate):
+        schedule = lambda step: rate / (1.0 + step)
+        cell = interpret.separable_cell(optax.sgd(schedule))
+        return cell.step(cell.start, jnp.float32(1.0), 4)[1]
+
+    np.testing.assert_allclose(jax.jit(jax.grad(slope))(2.0), -0.2, rtol=1e-6)
+
+
 def test_embedded_cell_freezes_the_other_coordinates():
     # Each update is the gradient over the RMS of the tensor's gradients.
     def update(grads, state, params=None):

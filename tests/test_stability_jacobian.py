@@ -112,6 +112,11 @@ def test_jacobian_verdict(tx, level, monkeypatch):
     if level == Level.PASS:
         expected = linear.spectral_radius(linear.Momentum(0.1, 0.9).loop(1.0).A)
         np.testing.assert_allclose(measured["radius"], expected, rtol=1e-6)
+        assert "No lasting growth" in probe.judge(measured, {}).reason
+        tense = {**measured, "radius": 2.0 + 0.0 * measured["radius"]}
+        verdict = probe.judge(tense, {})
+        assert verdict.level == level
+        assert "radius is 2, yet the loss does not rise" in verdict.reason
     assert probe.judge(measured, {}).level == level
 
 

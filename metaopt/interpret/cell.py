@@ -93,26 +93,25 @@ def _cell(tx, params, state, grads, assumption, coordinate=0) -> Cell:
 def _counters(tx, params, state, grads) -> chex.ArrayTree:
     """Returns which leaves of a state are counters: integers `[]` that a step moves.
 
-    Others keep what they show, such as the length of the run.
+    Others keep what they show, such as the length of the run. Leaves `[]` bool.
     """
     update = jax.jit(tx.update)
     _, after = update(grads, state, params, value=jnp.ones((), params.dtype))
 
     def moves(x, y):
         whole = jnp.issubdtype(jnp.result_type(x), jnp.integer) and jnp.ndim(x) == 0
-        return bool(whole and x != y)
+        return jnp.not_equal(x, y) if whole else jnp.array(False)
 
     return jax.tree.map(moves, state, after)
 
 
 def _set_counters(state: chex.ArrayTree, counters, count) -> chex.ArrayTree:
-    return jax.tree.map(
-        lambda x, is_counter: (
-            jnp.asarray(count, jnp.result_type(x)) if is_counter else x
-        ),
-        state,
-        counters,
-    )
+    def set_leaf(x, is_counter):
+        if jnp.issubdtype(jnp.result_type(x), jnp.integer) and jnp.ndim(x) == 0:
+            return jnp.where(is_counter, jnp.asarray(count, jnp.result_type(x)), x)
+        return x
+
+    return jax.tree.map(set_leaf, state, counters)
 
 
 class CellState(NamedTuple):

@@ -229,13 +229,14 @@ class JacobianProbe(Probe):
                 f"A small change of the parameters grows by {growth:.2g} within "
                 f"{measured['lengths'].max()} steps.",
             )
-        return Verdict(
-            Level.PASS,
-            float(lasting.max()),
-            1.005,
-            f"No lasting growth: late spectral radius {lasting.max():.4g}, and a "
-            f"change of the parameters grows by {growth:.3g} at most.",
-        )
+        largest = float(lasting.max())
+        text = f"No lasting growth: late spectral radius {largest:.4g}"
+        if largest > 1.005:
+            text = (
+                f"The late spectral radius is {largest:.4g}, yet the loss does not rise"
+            )
+        text += f", and a change of the parameters grows by {growth:.3g} at most."
+        return Verdict(Level.PASS, largest, 1.005, text)
 
     def plot(self, measured, references, axes):
         t = np.maximum(measured["checkpoints"], 0.5)
