@@ -168,7 +168,7 @@ def _celo2() -> MetaTrain:
 
 
 def _on_small_images(optimizer: LearnedOptimizer, outer: Outer, **fields) -> MetaTrain:
-    """Returns PES on the four tasks, with the validation loss averaged over a run.
+    """Returns NRES on the four tasks, with the validation loss averaged over a run.
 
     Args:
         optimizer: what is meta-trained.
@@ -177,7 +177,7 @@ def _on_small_images(optimizer: LearnedOptimizer, outer: Outer, **fields) -> Met
     """
     from experiments.config import MetaTrain
     from metaopt.augment import Reparametrised
-    from metaopt.estimators import PES, Mixture
+    from metaopt.estimators import NRES, Mixture
     from metaopt.learner import LogUniform, TrainTask
 
     learners = [
@@ -191,9 +191,9 @@ def _on_small_images(optimizer: LearnedOptimizer, outer: Outer, **fields) -> Met
         for task in _small_images()
     ]
     return MetaTrain(
-        estimator=Mixture(tuple(PES(x, num_tasks=4, window=50) for x in learners)),
+        estimator=Mixture(tuple(NRES(x, num_tasks=128, window=50) for x in learners)),
         outer=outer,
-        num_steps=5000,
+        num_steps=1600,
     )
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,9 @@ from experiments.console import CommandError, UsageError
 from metaopt._files import write_atomically
 
 # What a resumed run may have otherwise: none of it changes theta.
-_FREE_TO_CHANGE = ("config.evaluation", "config.checkpoint_")
+_FREE_TO_CHANGE = re.compile(
+    r"config\.(evaluation|checkpoint_)|(.*\.)?estimator\.(.*\.)?block:"
+)
 _PACKAGES = ("jax", "jaxlib", "numpy", "optax", "dm-haiku", "chex")
 
 
@@ -49,12 +52,7 @@ class RunDirectory:
                     f"{path} holds a run already: continue it with --resume, or choose "
                     "another folder with --out."
                 )
-            changes = [
-                line
-                for line in differences(previous, config)
-                if not line.startswith(_FREE_TO_CHANGE)
-            ]
-            if changes:
+            if changes := obstacles(previous, config):
                 listed = "\n  ".join(changes)
                 raise UsageError(
                     f"{path} holds a run with another configuration:\n  {listed}\n"
@@ -128,6 +126,16 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 def read_metrics(folder: pathlib.Path) -> list[dict[str, float]]:
     """Returns the lines of `metrics.jsonl`."""
     return _lines(folder / "metrics.jsonl")
+
+
+def obstacles(old: Any, new: Any) -> list[str]:
+    """Returns the differences for which a run of one cannot go on as the other.
+
+    >>> old, new = {"block": 4, "window": 20}, {"block": 8, "window": 5}
+    >>> obstacles({"estimator": old}, {"estimator": new})
+    ['estimator.window: 20 there, 5 here']
+    """
+    return [x for x in differences(old, new) if not _FREE_TO_CHANGE.match(x)]
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:

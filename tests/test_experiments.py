@@ -452,6 +452,18 @@ def test_a_resumed_run_may_be_evaluated_otherwise(tmp_path):
         claim(3, 11)
 
 
+def test_blocks_may_differ_from_start_to_start(tmp_path):
+    def claim(block, window, resume=True):
+        parts = [{"block": block, "window": window}]
+        config = {"config": {"estimator": {"estimators": parts}}}
+        run.RunDirectory(tmp_path / "a", config, resume=resume)
+
+    claim(4, 20, resume=False)
+    claim(None, 20)
+    with pytest.raises(console.UsageError, match=r"0\.window: 20 there, 50 here"):
+        claim(8, 50)
+
+
 def test_differences_name_the_field():
     old = {"a": {"b": 1}, "c": [1, 2], "d": 0}
     new = {"a": {"b": 3}, "c": [1, 4], "d": 0, "e": "x"}

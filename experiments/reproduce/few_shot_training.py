@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.config import Outer
 from experiments.console import CommandError
-from experiments.run import differences
+from experiments.run import obstacles
 from metaopt import validate
 from metaopt._files import write_atomically
 from metaopt.estimators import GradientEstimator
@@ -194,8 +194,7 @@ def _write(path: pathlib.Path, run: _Run, config: dict[str, Any]) -> None:
 
 def _read(path: pathlib.Path, like: Any, config: dict[str, Any]) -> _Run:
     with np.load(path) as file:
-        changes = list(differences(json.loads(str(file[_CONFIG])), config))
-        if changes:
+        if changes := obstacles(json.loads(str(file[_CONFIG])), config):
             listed = "\n  ".join(changes)
             raise CommandError(
                 f"{path} holds another training:\n  {listed}\nChoose another folder "

@@ -110,15 +110,14 @@ SMALL_MNIST = Scale(
 FULL = Scale(
     image_size=None,
     num_examples=99,
-    layers=4,
-    heads=8,
-    width=256,
-    init_std=0.06,
-    smeared_keys=False,
-    batch_size=512,
-    num_steps=50_000,
-    learning_rate=3e-4,
-    num_tasks=(1, 4, 16, 64, 256, 1024, 4096, 16_384, 65_536, None),
+    layers=3,
+    heads=4,
+    width=128,
+    init_std=0.1,
+    batch_size=256,
+    num_steps=8000,
+    learning_rate=1e-3,
+    num_tasks=(4, 64, 256, 1024, 4096, 16_384, 65_536, None),
 )
 
 
@@ -197,7 +196,9 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
     ready = {line.name for line in data.status() if line.state == "prepared"}
     scales = {"digits": FULL if full else SMALL}
     if "mnist" in ready:
-        large = dataclasses.replace(FULL, dataset="mnist", image_size=14)
+        large = dataclasses.replace(
+            FULL, dataset="mnist", image_size=14, target_scale=14.0
+        )
         scales["mnist"] = large if full else SMALL_MNIST
     tables, said = {}, []
     for name, scale in scales.items():
@@ -299,5 +300,8 @@ def draw(
         for axis, title in ((seen, "seen tasks"), (unseen, "unseen tasks and images")):
             axis.set(title=title, xlabel="examples before", ylabel="accuracy")
             axis.set(ylim=(0, 1))
-        training.set(xlabel="outer step", ylabel="loss", title="loss on free tasks")
-        training.legend(frameon=False, fontsize=8)
+        training.set(xlabel="outer step", ylabel="loss")
+        training.set(title="own tasks; free ones of biased distributions")
+        training.legend(
+            frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
+        )

@@ -219,12 +219,13 @@ def draw(
                 ).ratio
                 for r in distances
             ]
-            label = "no limit" if count > 500 else str(count)
-            left.plot(distances, ratios, label=f"{label} examples")
+            label = "without limit" if count > 500 else f"{count} examples"
+            left.plot(distances, ratios, label=label)
         points = [(row["distance"], row["ratio"]) for row in linear]
         left.plot(*zip(*points, strict=True), "ko", label="trained")
         left.set(xlabel="distance of the centres", ylabel="error, together over MAML")
         left.set(yscale="log", title="linear functions")
+        left.set_yticks([1, 2, 3, 4, 5], ["1", "2", "3", "4", "5"])
         left.legend(frameon=False)
         names = [row["functions"] for row in curved]
         right.barh(names, [row["ratio"] for row in curved])

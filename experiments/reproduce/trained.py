@@ -9,7 +9,7 @@ import jax
 from experiments import training
 from experiments.config import MetaTrain, learners
 from experiments.console import CommandError
-from experiments.run import RunDirectory, differences, provenance
+from experiments.run import RunDirectory, obstacles, provenance
 from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.registry import to_config
 from metaopt.sharding import task_mesh
@@ -40,7 +40,7 @@ def trained(
     weights = folder / "theta.safetensors"
     if weights.exists():
         there = read(weights.read_bytes(), str(weights)).info["config"]
-        changes = list(differences(there, record["config"]))
+        changes = obstacles(there, record["config"])
         if not changes:
             return load_weights(weights)
         listed = "\n  ".join(changes)
