@@ -50,6 +50,10 @@ PAPERS = {
         "when MAML beats training on all functions together (Collins et al., 2022)",
         "experiments.reproduce.maml_landscape",
     ),
+    "meta-ablation": (
+        "which choices of meta-training matter, one changed at a time",
+        "experiments.reproduce.meta_ablation",
+    ),
     "noisy-quadratic": (
         "stability regions of nominal and black-box terms (Harrison et al., 2022)",
         "experiments.reproduce.noisy_quadratic",
