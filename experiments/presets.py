@@ -244,15 +244,15 @@ META_TRAIN = {
         _celo2,
     ),
     "star": Preset(
-        "STAR, on the same four classifiers, for the validation loss; hours",
+        "STAR, on four classifiers of 8x8 images; minutes of a large GPU, or hours",
         _star,
     ),
     "small-fc": Preset(
-        "SmallFC, on the same four classifiers, for the validation loss; hours",
+        "SmallFC, on four classifiers of 8x8 images; the same",
         _small_fc,
     ),
     "velo-small": Preset(
-        "VeLO with an LSTM of 32 units, on the same four classifiers; days",
+        "VeLO with an LSTM of 32 units, on four classifiers of 8x8 images; more",
         _velo_small,
     ),
 }

@@ -16,9 +16,10 @@ from typing import Any
 from experiments.console import CommandError, UsageError
 from metaopt._files import write_atomically
 
-# What a resumed run may have otherwise: none of it changes theta.
+# What a resumed run may have otherwise: none of it changes theta, but for the rounding
+# that blocks of another size bring.
 _FREE_TO_CHANGE = re.compile(
-    r"config\.(evaluation|checkpoint_)|(.*\.)?estimator\.(.*\.)?block:"
+    r"(config\.)?(evaluation|checkpoint_|estimator\.(estimators?\.|\d+\.)*block:)"
 )
 _PACKAGES = ("jax", "jaxlib", "numpy", "optax", "dm-haiku", "chex")
 

@@ -453,15 +453,28 @@ def test_a_resumed_run_may_be_evaluated_otherwise(tmp_path):
 
 
 def test_blocks_may_differ_from_start_to_start(tmp_path):
-    def claim(block, window, resume=True):
-        parts = [{"block": block, "window": window}]
-        config = {"config": {"estimator": {"estimators": parts}}}
+    def claim(block, window, task_block=1, resume=True):
+        part = {"block": block, "window": window, "learner": {"block": task_block}}
+        config = {"config": {"estimator": {"estimators": [part]}}}
         run.RunDirectory(tmp_path / "a", config, resume=resume)
 
     claim(4, 20, resume=False)
     claim(None, 20)
     with pytest.raises(console.UsageError, match=r"0\.window: 20 there, 50 here"):
         claim(8, 50)
+    with pytest.raises(console.UsageError, match=r"learner\.block: 1 there, 2 here"):
+        claim(8, 20, task_block=2)
+
+
+@pytest.mark.parametrize("where", ["estimator", "config.estimator.estimator"])
+def test_obstacles_leave_out_what_changes_no_theta(where):
+    def nested(value):
+        for name in reversed(where.split(".")):
+            value = {name: value}
+        return value
+
+    assert run.obstacles(nested({"block": 4}), nested({"block": None})) == []
+    assert len(run.obstacles(nested({"std": 4}), nested({"std": 5}))) == 1
 
 
 def test_differences_name_the_field():

@@ -1,28 +1,18 @@
 """The ablation of meta-training: equal work for all variants, and a table of them."""
 
-import dataclasses
-
-import jax
 import numpy as np
 import pytest
 
 import tasks
+from experiments import run
 from experiments.config import inner_steps
+from experiments.reproduce import few_shot_training
 from experiments.reproduce import meta_ablation as ablation
 from metaopt.estimators import PES
 from metaopt.optimizers import Hyper
+from metaopt.registry import to_config
 
 TINY = ablation.Size(num_steps=2, pairs=1, seeds=2, test_steps=5, test_runs=2)
-
-
-def differences(one, other):
-    """Returns the fields in which two dataclasses differ, however deep."""
-    if not dataclasses.is_dataclass(one) or type(one) is not type(other):
-        return [] if one == other else [(one, other)]
-    pairs = [
-        (getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one)
-    ]
-    return [x for a, b in pairs for x in differences(a, b)]
 
 
 @pytest.mark.parametrize("name", ablation.VARIANTS)
@@ -35,14 +25,35 @@ def test_every_variant_makes_as_many_inner_steps(name):
     assert abs(work - wanted) <= plan.piece * inner_steps(plan.estimator) / 2
 
 
-def test_a_variant_differs_in_what_it_says():
-    first = ablation.plan(ablation.Variant(), TINY).estimator.estimators
-    changed = ablation.plan(ablation.Variant(split="train"), TINY).estimator.estimators
-    for one, other in zip(first, changed, strict=True):
-        assert differences(one, other) == [("valid", "train")]
-    assert ablation.plan(ablation.Variant(scales=1.0), TINY).estimator.estimators[
-        0
-    ].learner.task == tasks.ImageMLP("digits", widths=(32,))
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"estimator": PES}, "type"),
+        ({"std": 0.5}, "std"),
+        ({"window": 10}, "window"),
+        ({"share": 2.0}, "num_tasks"),
+        ({"horizon": 400}, "learner.horizon"),
+        ({"meta_loss": "mean-log"}, "learner.meta_loss"),
+        ({"split": "train"}, "learner.meta_split"),
+        ({"scales": 5.0}, "learner.task"),
+    ],
+)
+def test_a_variant_differs_in_what_it_says(change, expected):
+    parts = [
+        ablation.estimator_of(variant, TINY).estimators[0]
+        for variant in (ablation.Variant(), ablation.Variant(**change))
+    ]
+    found = list(run.differences(*map(to_config, parts)))
+    assert found
+    assert all(line.startswith(expected) for line in found)
+
+
+def test_tasks_can_be_left_as_they_are_and_be_more():
+    plain = ablation.estimator_of(ablation.Variant(scales=1.0), TINY)
+    assert [x.learner.task for x in plain.estimators] == list(ablation.TRAINED)
+    assert (
+        len(ablation.estimator_of(ablation.Variant(num_tasks=4), TINY).estimators) == 4
+    )
 
 
 def test_lost_runs_count_and_zeros_have_a_floor():
@@ -63,29 +74,27 @@ def test_the_table_leaves_the_trained_task_out_of_the_change():
 
 
 def test_report_ranks_the_variants(tmp_path, monkeypatch):
-    one = ablation.Variant(num_tasks=1)
-    few = {"first": one, "PES": one._replace(estimator=PES)}
+    # Three thetas in place of three trainings: rates of SGD, of which 0.1 is the best.
+    names = {0.01: "first", 0.1: "better", 1e-4: "worse"}
+    variants = {name: ablation.Variant(std=rate) for rate, name in names.items()}
     tests = {"seen": tasks.TwoMoons(), "two moons": tasks.TwoMoons(noise=0.2)}
-    monkeypatch.setattr(ablation, "VARIANTS", few)
+    monkeypatch.setattr(ablation, "VARIANTS", variants)
     monkeypatch.setattr(ablation, "TESTS", tests)
-    monkeypatch.setattr(ablation, "TRAINED", (tasks.TwoMoons(), tasks.TwoMoons()))
     monkeypatch.setattr(ablation, "Size", lambda *_: TINY)
     monkeypatch.setattr(ablation, "OPTIMIZER", Hyper("sgd"))
+
+    def train(plan, path, label):
+        (rate,) = {part.std for part in plan.estimator.estimators}
+        assert label == names[rate] and path == tmp_path / f"{label}.npz"
+        theta = {"learning_rate": np.full(TINY.seeds, np.log(rate))}
+        return few_shot_training.FewShotRun(theta, np.zeros((2, 1)), 0.0, None)
+
+    monkeypatch.setattr(ablation, "train", train)
     report = ablation.main(tmp_path, full=False)
     (rows,) = report["tables"].values()
-    assert [row["variant"] for row in rows] == [
-        "Adam, best of 7 rates",
-        "no meta-training",
-        "first",
-        "PES",
-    ]
-    assert rows[2]["change of the log, unseen"] == pytest.approx(0.0, abs=1e-6)
-    assert all(np.isfinite(row["two moons"]) for row in rows)
-    kept = sorted(path.name for path in tmp_path.iterdir())
-    assert kept == ["PES.npz", "first.npz"]
-    start = jax.tree.leaves(ablation.OPTIMIZER.init_theta(jax.random.key(0)))
-    run = ablation.train(ablation.plan(few["PES"], TINY), tmp_path / "PES.npz", "PES")
-    assert any(
-        np.any(np.asarray(a[0]) != b)
-        for a, b in zip(jax.tree.leaves(run.theta), start, strict=True)
-    )
+    assert [row["variant"] for row in rows[2:]] == ["first", "better", "worse"]
+    change = [row["change of the log, unseen"] for row in rows]
+    assert change[4] > change[2] > change[3]
+    assert rows[0]["spread of seeds"] is None
+    assert "Best change: better (-" in report["ours"]
+    assert "worst: worse (+" in report["ours"]
