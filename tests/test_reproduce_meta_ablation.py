@@ -51,9 +51,8 @@ def test_a_variant_differs_in_what_it_says(change, expected):
 def test_tasks_can_be_left_as_they_are_and_be_more():
     plain = ablation.estimator_of(ablation.Variant(scales=1.0), TINY)
     assert [x.learner.task for x in plain.estimators] == list(ablation.TRAINED)
-    assert (
-        len(ablation.estimator_of(ablation.Variant(num_tasks=4), TINY).estimators) == 4
-    )
+    four = ablation.estimator_of(ablation.Variant(num_tasks=4), TINY)
+    assert len(four.estimators) == 4
 
 
 def test_lost_runs_count_and_zeros_have_a_floor():
