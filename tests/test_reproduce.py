@@ -103,6 +103,9 @@ def test_training_is_kept_and_another_one_refused(tmp_path):
     _, again = trained(config, tmp_path, command="c", label="sgd")
     assert theta == again
     assert (tmp_path / "theta.safetensors").stat().st_mtime_ns == stamp
+    blocks = MetaTrain(PES(learner, num_tasks=4, window=2, block=2), num_steps=3)
+    _, again = trained(blocks, tmp_path, command="c", label="sgd")
+    assert theta == again
     other = MetaTrain(PES(learner, num_tasks=4, window=2), num_steps=4)
     with pytest.raises(CommandError, match="num_steps: 3 there, 4 here"):
         trained(other, tmp_path, command="c", label="sgd")
