@@ -248,11 +248,11 @@ META_TRAIN = {
         _star,
     ),
     "small-fc": Preset(
-        "SmallFC, on four classifiers of 8x8 images; the same",
+        "SmallFC, on four classifiers of 8x8 images; minutes of a large GPU, or hours",
         _small_fc,
     ),
     "velo-small": Preset(
-        "VeLO with an LSTM of 32 units, on four classifiers of 8x8 images; more",
+        "VeLO with an LSTM of 32 units, on four classifiers of 8x8 images; longer",
         _velo_small,
     ),
 }
