@@ -2,10 +2,14 @@
 
 import dataclasses
 import math
+from typing import Any
 
+import chex
+import jax
 import optax
 
 from metaopt import validate
+from metaopt._tree import require_like
 from metaopt.estimators import (
     Curriculum,
     FullUnroll,
@@ -16,8 +20,11 @@ from metaopt.estimators import (
 )
 from metaopt.estimators.base import OverTasks
 from metaopt.fewshot import InContext
+from metaopt.imitate import Imitate
 from metaopt.learner import TrainTask, longest
 from metaopt.optimizers.fixed import check_arguments, factory
+from metaopt.secant import SecantPenalty
+from metaopt.weights import load_with_info
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +117,10 @@ class Training:
     checkpoint_seconds: float | None = 30.0
     checkpoint_steps: int | None = None
 
+    def first_theta(self) -> chex.ArrayTree | None:
+        """Returns the theta to start from, None to draw it."""
+        return None
+
     def __post_init__(self):
         validate.integer("num_steps", self.num_steps)
         validate.integer("seed", self.seed, minimum=0)
@@ -124,14 +135,35 @@ class MetaTrain(Training):
     """Meta-trains a learned optimizer.
 
     Attributes:
+        start: weights to start from, a bundled name or a file; None to draw them.
         evaluation: the comparison at the end.
     """
 
+    start: str | None = None
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self):
         learners(self.estimator)  # raises if it trains something else
         super().__post_init__()
+
+    def first_theta(self) -> chex.ArrayTree | None:
+        """Returns what `start` names, None for nothing.
+
+        Raises:
+            ValueError: if there are no such weights, or they belong to another rule.
+        """
+        if self.start is None:
+            return None
+        rule, theta, _ = load_with_info(self.start)
+        ours = learners(self.estimator)[0].optimizer
+        if type(rule) is not type(ours):
+            raise ValueError(
+                f"start must hold weights of {type(ours).__name__}, got "
+                f"start={self.start!r} with those of {type(rule).__name__}."
+            )
+        shape = jax.eval_shape(ours.init_theta, jax.random.key(0))
+        require_like(f"start={self.start!r}: theta", theta, shape)
+        return theta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,12 +231,17 @@ def parts(estimator: GradientEstimator) -> tuple[OverTasks, ...]:
     return (estimator,)
 
 
-def learners(estimator: GradientEstimator) -> tuple[TrainTask, ...]:
+def learners(estimator: GradientEstimator) -> tuple[TrainTask | Imitate, ...]:
     """Returns what each part of the estimator trains."""
-    found = [part.learner for part in parts(estimator)]
-    for learner in found:
-        validate.instance("learner", learner, TrainTask, "TrainTask(task, optimizer)")
-    return tuple(x for x in found if isinstance(x, TrainTask))
+    found = []
+    for part in parts(estimator):
+        learner: Any = part.learner
+        if isinstance(learner, SecantPenalty):
+            learner = learner.learner
+        kinds, example = (TrainTask, Imitate), "TrainTask(task, optimizer)"
+        validate.instance("learner", learner, kinds, example)
+        found.append(learner)
+    return tuple(found)
 
 
 def inner_steps(estimator: GradientEstimator) -> int:

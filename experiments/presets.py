@@ -74,6 +74,31 @@ def _digits_pes() -> MetaTrain:
     )
 
 
+def _imitate_adam() -> MetaTrain:
+    from experiments.config import MetaTrain, Outer
+    from metaopt.estimators import Mixture, TruncatedBackprop
+    from metaopt.imitate import Imitate
+    from metaopt.learner import LogUniform
+    from metaopt.optimizers import Fixed, SmallFC
+    from tasks import ImageConv, ImageMLP
+
+    kinds: tuple[Task, ...] = (
+        ImageMLP("digits", widths=(32,)),
+        ImageMLP("digits", widths=(32, 16), activation="tanh", layer_norm=True),
+        ImageConv("digits", widths=(8, 16), batch_size=32),
+    )
+    teacher = Fixed("adam", (("learning_rate", 1e-2),))
+    optimizer, horizon = SmallFC(step_size=0.01), LogUniform(100, 400)
+    learners = [Imitate(task, optimizer, teacher, horizon) for task in kinds]
+    return MetaTrain(
+        estimator=Mixture(
+            tuple(TruncatedBackprop(x, num_tasks=8, window=20) for x in learners)
+        ),
+        outer=Outer("adam", learning_rate=1e-2, warmup=20),
+        num_steps=400,
+    )
+
+
 def _images_pes() -> MetaTrain:
     from experiments.config import MetaTrain, Outer
     from metaopt.augment import Reparametrised
@@ -234,6 +259,10 @@ META_TRAIN = {
     "digits-pes": Preset(
         "a network of 197 weights, on an MLP for handwritten digits; minutes",
         _digits_pes,
+    ),
+    "imitate-adam": Preset(
+        "the same network, fitted to the updates of Adam: a --start; minutes",
+        _imitate_adam,
     ),
     "images-pes": Preset(
         "the same network, on four rescaled models for digits and MNIST; hours",

@@ -96,8 +96,9 @@ def run(
     config = launch.config
     record = {"command": name, "preset": preset, "config": to_config(config)}
     try:
-        # First, so that a dataset that is missing leaves no folder behind.
+        # First, so that a dataset or weights that are missing leave no folder behind.
         data = config.estimator.load()
+        config.first_theta()
     except (ValueError, ImportError) as error:
         raise CommandError(str(error)) from error
     folder = RunDirectory(launch.out, record, resume=launch.resume)
@@ -152,7 +153,7 @@ def begin(
     if not folder.resumed or checkpoint.latest(folder.checkpoints) is None:
         if folder.resumed:
             print(f"{folder.path} has no checkpoint yet: starting from step 0.")
-        return trainer.init(key), 0.0
+        return trainer.init(key, config.first_theta()), 0.0
     shapes = jax.eval_shape(
         functools.partial(meta_init, config.estimator, tx), data, key
     )

@@ -11,7 +11,15 @@ from metaopt.estimators import (
     TruncatedBackprop,
     TruncatedES,
 )
-from metaopt.learner import Learner, LogUniform, StepOut, TrainTask, unroll
+from metaopt.imitate import Imitate
+from metaopt.learner import (
+    Growing,
+    Learner,
+    LogUniform,
+    StepOut,
+    TrainTask,
+    unroll,
+)
 from metaopt.optimizers import MLP, Fixed, Hyper, LearnedOptimizer, SmallFC
 from metaopt.task import Task
 from metaopt.train import (
@@ -34,7 +42,9 @@ __all__ = [
     "FullES",
     "FullUnroll",
     "GradientEstimator",
+    "Growing",
     "Hyper",
+    "Imitate",
     "LearnedOptimizer",
     "Learner",
     "LogUniform",

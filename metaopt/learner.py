@@ -35,26 +35,67 @@ class LogUniform:
         validate.integer("maximum", self.maximum, minimum=self.minimum)
 
 
-Horizon = int | LogUniform
+@dataclasses.dataclass(frozen=True)
+class Growing:
+    """A curriculum: a log-uniform horizon whose longest episode grows.
+
+    At outer step `t` an episode that starts is drawn from `[minimum, longest]`, where
+    `longest` goes from `first` to `maximum`, in equal factors over `num_steps` outer
+    steps, and stays there. For estimators that work in windows, one per outer step.
+
+    Attributes:
+        minimum: shortest episode, in inner steps.
+        first: longest episode at the beginning, in inner steps.
+        maximum: longest episode in the end, in inner steps.
+        num_steps: outer steps over which it grows.
+    """
+
+    minimum: int
+    first: int
+    maximum: int
+    num_steps: int
+
+    def __post_init__(self):
+        validate.integer("minimum", self.minimum)
+        validate.integer("first", self.first, minimum=self.minimum)
+        validate.integer("maximum", self.maximum, minimum=self.first)
+        validate.integer("num_steps", self.num_steps)
+
+
+RandomHorizon = LogUniform | Growing
+Horizon = int | RandomHorizon
 
 
 def check_horizon(horizon: Horizon) -> None:
-    """Raises unless `horizon` is a positive int or a `LogUniform`."""
-    if not isinstance(horizon, LogUniform):
+    """Raises unless `horizon` is a positive int, a `LogUniform` or a `Growing`."""
+    if not isinstance(horizon, RandomHorizon):
         validate.integer("horizon", horizon)
 
 
 def longest(horizon: Horizon) -> int:
     """Returns the largest length that `draw_length` can give, in inner steps."""
-    return horizon.maximum if isinstance(horizon, LogUniform) else horizon
+    return horizon.maximum if isinstance(horizon, RandomHorizon) else horizon
 
 
-def draw_length(horizon: Horizon, window: int, key: jax.Array) -> jax.Array:
-    """Draws an episode length in inner steps, `[]` int32, a multiple of `window`."""
-    if not isinstance(horizon, LogUniform):
+def draw_length(
+    horizon: Horizon, window: int, key: jax.Array, step: jax.Array | int = 0
+) -> jax.Array:
+    """Draws an episode length in inner steps, `[]` int32, a multiple of `window`.
+
+    Args:
+        horizon: fixed or random.
+        window: inner steps per window.
+        key: randomness.
+        step: the outer step, which a `Growing` horizon depends on.
+    """
+    if not isinstance(horizon, RandomHorizon):
         return jnp.int32(horizon)
     low, high = math.log(horizon.minimum), math.log(horizon.maximum)
-    steps = jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
+    now: float | jax.Array = high
+    if isinstance(horizon, Growing):
+        left = jnp.maximum(1.0 - step / horizon.num_steps, 0.0)
+        now = high - left * math.log(horizon.maximum / horizon.first)
+    steps = jnp.exp(jax.random.uniform(key, minval=low, maxval=now))
     windows = jnp.clip(jnp.round(steps / window), 1, horizon.maximum // window)
     return window * windows.astype(jnp.int32)
 
@@ -80,7 +121,7 @@ class Learner(Protocol):
     """Anything that can be meta-trained: all that an estimator sees.
 
     Attributes:
-        horizon: length of an episode in inner steps, fixed or log-uniform.
+        horizon: length of an episode in inner steps, fixed or random.
     """
 
     @property
@@ -166,7 +207,7 @@ class TrainTask:
     Attributes:
         task: what is trained.
         optimizer: the rule whose theta is learned.
-        horizon: length of a training run in inner steps, fixed or log-uniform.
+        horizon: length of a training run in inner steps, fixed or random.
         meta_split: "train" or "valid", the data the meta-loss is measured on.
         meta_loss: "mean" of the losses of a run; the "final" one; "mean-log", the mean
             of `log(loss + 1e-4)`, to which a run's end counts as much as its start and

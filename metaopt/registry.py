@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from metaopt import baselines, estimators, fewshot, optimizers, validate
-from metaopt.learner import LogUniform, TrainTask
+from metaopt.imitate import Imitate
+from metaopt.learner import Growing, LogUniform, TrainTask
 from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.secant import SecantPenalty
 
@@ -40,6 +41,8 @@ ESTIMATORS: dict[str, type] = {
 }
 
 LEARNERS: dict[str, type] = {
+    "Growing": Growing,
+    "Imitate": Imitate,
     "LogUniform": LogUniform,
     "SecantPenalty": SecantPenalty,
     "TrainTask": TrainTask,

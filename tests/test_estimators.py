@@ -18,7 +18,7 @@ from metaopt.estimators import (
 )
 from metaopt.estimators.base import mean_over_tasks
 from metaopt.fewshot import Growth, InContext, Transformer
-from metaopt.learner import LogUniform, TrainTask
+from metaopt.learner import Growing, LogUniform, TrainTask
 from metaopt.optimizers import Hyper
 from metaopt.registry import ESTIMATORS
 from metaopt.sharding import map_over_tasks
@@ -36,6 +36,7 @@ GROWING = InContext(
     points=Growth(2, 1, 1),
 )
 RANDOM = TrainTask(Quadratic(3), RULE, horizon=LogUniform(8, 24))
+LONGER = TrainTask(Quadratic(3), RULE, horizon=Growing(4, 8, 32, num_steps=20))
 
 CONFORMING = [
     FullUnroll(RANDOM, 4),
@@ -47,6 +48,8 @@ CONFORMING = [
     NRES(RANDOM, 4, window=4, window_loss="final"),
     Mixture((PES(RANDOM, 4, window=4), FullES(RANDOM, 2)), weights=(2.0, 1.0)),
     Curriculum(FullUnroll(GROWING, 4)),
+    PES(LONGER, 4, window=4),
+    TruncatedBackprop(LONGER, 4, window=4),
 ]
 
 
@@ -338,6 +341,22 @@ def test_what_happens_after_the_end_of_an_episode_does_not_count(remat):
     np.testing.assert_allclose(*shares, atol=0.2)
 
 
+@pytest.mark.parametrize("kind", [NRES, TruncatedES, TruncatedBackprop])
+def test_episodes_grow_with_the_outer_step(kind):
+    estimator = kind(LONGER, 32, window=4)
+    theta, key = estimator.init_theta(jax.random.key(0)), jax.random.key(1)
+    state, run = estimator.init(theta, (), key), jax.jit(estimator.estimate)
+    longest = []
+    for step in range(40):
+        _, state = run(theta, state, (), jax.random.fold_in(key, step))
+        trajectories = state.windows if kind is NRES else state
+        np.testing.assert_array_equal(trajectories.count, step + 1)
+        longest.append(int(trajectories.length.max()))
+    assert max(longest[:2]) == 8
+    assert max(longest[:10]) <= 16
+    assert max(longest) == 32
+
+
 @pytest.mark.parametrize("kind", [PES, NRES])
 def test_blocks_do_not_change_the_estimate(kind):
     learner = TrainTask(Quadratic(3), RULE, horizon=HORIZON)
@@ -382,6 +401,7 @@ def test_mixture_outlives_a_component_that_diverges():
             lambda: NRES(LEARNER, 4, window=4, window_loss="finl"),
             "Did you mean 'final'",
         ),
+        (lambda: FullES(LONGER, 4), "needs an estimator that works in windows"),
         (lambda: FullES(LEARNER, 0), "num_tasks must be at least 1"),
         (lambda: FullES(LEARNER, 4, block=0), "block must be at least 1"),
         (lambda: FullUnroll(toys.FixedQuadratic(), 4), "learner must be a Learner"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +21,11 @@ from experiments import config as configs
 from experiments import console, options, presets, progress, report, run, training
 from experiments.__main__ import main
 from metaopt import checkpoint, estimators
+from metaopt.imitate import Imitate
 from metaopt.learner import TrainTask
-from metaopt.optimizers import Hyper, SmallFC
+from metaopt.optimizers import LSR1, Fixed, Hyper, SmallFC
 from metaopt.registry import to_config
+from metaopt.secant import SecantPenalty
 from metaopt.testing import Quadratic
 from metaopt.weights import load_weights
 
@@ -356,6 +359,46 @@ def test_a_missing_dataset_names_the_command(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_run_starts_from_weights(finished, tmp_path, capsys):
+    weights = finished[0] / "theta.safetensors"
+    # A step so small that theta stays: what it ends with is what it started from.
+    words = ["--outer.learning-rate", 1e-12, "--outer.warmup", 0, "--start", weights]
+    assert start("--out", tmp_path / "a", *words, steps=1) == 0
+    chex.assert_trees_all_close(theta_of(tmp_path / "a"), theta_of(finished[0]))
+    saved = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert saved["config"]["start"] == str(weights)
+    capsys.readouterr()
+    for wrong, message in (
+        (tmp_path / "none", "must be a bundled name or an existing file"),
+        ("digits-small-fc", "weights of Hyper, got start='digits-small-fc'"),
+    ):
+        assert start("--out", tmp_path / "b", "--start", wrong) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "b").exists()
+
+
+def test_weights_of_another_shape_are_no_start(tmp_path):
+    path, rule = tmp_path / "a.safetensors", SmallFC(widths=(5,))
+    theta = rule.init_theta(jax.random.key(0))
+    metaopt.save_weights(path, theta, rule)
+    learner = TrainTask(Quadratic(), SmallFC())
+    config = configs.MetaTrain(estimators.FullES(learner), start=str(path))
+    with pytest.raises(ValueError, match="must be of shape"):
+        config.first_theta()
+
+
+def test_meta_train_takes_other_learners_of_optimizers():
+    plain = TrainTask(Quadratic(), LSR1(), horizon=4)
+    parts = (
+        estimators.FullES(SecantPenalty(plain), 2),
+        estimators.FullES(Imitate(Quadratic(), LSR1(), Fixed("adam"), 4), 2),
+    )
+    config = configs.MetaTrain(estimators.Mixture(parts))
+    found = configs.learners(config.estimator)
+    assert found == (plain, parts[1].learner)
+    assert list(report.tasks_to_compare(config)) == [(Quadratic(), 4)]
+
+
 def test_data_lists_and_refuses_unknown_names(capsys):
     assert main(["data", "list"]) == 0
     assert "digits" in capsys.readouterr().out
@@ -426,7 +469,7 @@ def test_meta_train_is_for_learned_optimizers():
         horizon = 1
         load = init_theta = reset = step = None
 
-    with pytest.raises(TypeError, match="learner must be a TrainTask such as"):
+    with pytest.raises(TypeError, match="learner must be a TrainTask or Imitate"):
         configs.MetaTrain(estimators.FullES(Other()))
 
 

@@ -3,11 +3,21 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import metaopt
 import tasks
 from metaopt.fewshot import LSTM, FastWeights, InContext, Paired, Shifted, Transformer
-from metaopt.learner import LogUniform, StepOut, TrainTask, draw_length, unroll
+from metaopt.imitate import Imitate
+from metaopt.learner import (
+    Growing,
+    LogUniform,
+    StepOut,
+    TrainTask,
+    draw_length,
+    unroll,
+)
 from metaopt.optimizers import MLP, Fixed, Hyper, SmallFC
 from metaopt.testing import ConformanceError, Quadratic, check_learner
 from tasks.function_families import family
@@ -23,6 +33,8 @@ LEARNERS = [
     TrainTask(Quadratic(3), SGD, horizon=6, meta_loss="final"),
     TrainTask(Quadratic(3), SmallFC(), horizon=LogUniform(4, 8)),
     TrainTask(tasks.get("image-mlp"), MLP(), horizon=3, meta_split="valid"),
+    TrainTask(Quadratic(3), SGD, horizon=Growing(2, 3, 8, num_steps=5)),
+    Imitate(Quadratic(3), SmallFC(), Fixed("adam"), horizon=6),
     InContext(LINES, TINY, batch_size=2),
     InContext(LINES, TINY, Paired(), batch_size=2),
     InContext(LINES, LSTM(8), batch_size=2),
@@ -39,7 +51,7 @@ def test_conformance(learner):
     check_learner(learner)
 
 
-class Growing(toys.LinearSystem):
+class StateGrows(toys.LinearSystem):
     def step(self, theta, state, data, key):
         return jnp.concatenate([state, state]), StepOut(jnp.sum(state), jnp.float32(1))
 
@@ -62,7 +74,7 @@ class IntegerTheta(toys.LinearSystem):
 @pytest.mark.parametrize(
     ("learner", "complaint"),
     [
-        (Growing(), "step changes its state"),
+        (StateGrows(), "step changes its state"),
         (Unweighted(), "weights must average to 1"),
         (VectorLoss(), "StepOut.loss must be a float scalar"),
         (IntegerTheta(), "theta must be floating"),
@@ -123,6 +135,55 @@ def test_log_uniform_horizons():
     np.testing.assert_allclose(np.mean(lengths < 200), 0.5, atol=0.02)
 
 
+def test_growing_horizons():
+    horizon = Growing(20, 200, 2000, num_steps=100)
+    keys = jax.random.split(jax.random.key(0), 5_000)
+
+    def lengths(step):
+        draw = lambda key: draw_length(horizon, 20, key, jnp.int32(step))
+        return np.asarray(jax.jit(jax.vmap(draw))(keys))
+
+    # From 200 to 2000 in equal factors: half way by the root of ten.
+    for step, longest in ((0, 200), (50, 640), (100, 2000), (300, 2000)):
+        found = lengths(step)
+        assert (found.min(), found.max()) == (20, longest)
+        middle = np.mean(found <= np.sqrt(20 * longest))
+        np.testing.assert_allclose(middle, 0.5, atol=0.06)
+    whole = jax.vmap(lambda key: draw_length(LogUniform(20, 2000), 20, key))(keys)
+    np.testing.assert_array_equal(lengths(100), whole)
+
+
+def test_imitation_measures_the_distance_of_updates():
+    task, data = toys.FixedQuadratic(), ()
+    adam = Fixed("adam", (("learning_rate", 0.1),))
+    half = Fixed("adam", (("learning_rate", 0.05),))
+    still = Fixed("sgd", (("learning_rate", 0.0),))
+    for student, error in ((adam, 0.0), (half, 0.25), (still, 1.0)):
+        learner = Imitate(task, student, adam, horizon=5)
+        state = learner.reset((), data, jax.random.key(0), length=5)
+        params, tx = state.params, optax.adam(0.1)
+        state, out = unroll(learner, (), state, data, jax.random.key(1), length=5)
+        np.testing.assert_allclose(out.loss, error, atol=1e-5)
+    # The teacher trains as optax would.
+    opt_state = tx.init(params)
+    for _ in range(5):
+        grads = jax.grad(lambda p: task.loss(p, (), (), None)[0])(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(state.params, params, rtol=1e-5)
+
+
+def test_backpropagation_fits_the_teacher():
+    teacher = Fixed("sgd", (("learning_rate", 0.03),))
+    learner = Imitate(Quadratic(3), SGD, teacher, horizon=8)
+    estimator = metaopt.TruncatedBackprop(learner, num_tasks=4, window=4)
+    state = metaopt.meta_train(
+        estimator, optax.adam(0.05), jax.random.key(0), num_steps=150
+    )
+    rate = float(jnp.exp(state.theta["learning_rate"]))
+    np.testing.assert_allclose(rate, 0.03, rtol=0.02)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -131,6 +192,9 @@ def test_log_uniform_horizons():
         (lambda: TrainTask(Quadratic(), SGD, horizon=0), "horizon must be at least 1"),
         (lambda: TrainTask(Quadratic(), SGD, horizon=1.5), "horizon must be an int"),
         (lambda: LogUniform(10, 5), "maximum must be at least 10"),
+        (lambda: Growing(10, 5, 20, 1), "first must be at least 10"),
+        (lambda: Growing(10, 10, 20, 0), "num_steps must be at least 1"),
+        (lambda: Imitate(Quadratic(), SGD, "adam"), "teacher must be a Learned"),
         (lambda: TrainTask(Quadratic(), SGD, meta_split="test"), "meta_split must be"),
         (lambda: TrainTask(Quadratic(), SGD, meta_loss="last"), "meta_loss must be"),
         (

@@ -1,8 +1,10 @@
 """MAML's reproductions: training that is kept, closed forms, the commands."""
 
 import dataclasses
+import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,17 @@ def test_training_is_kept_and_gone_on_with(tmp_path, monkeypatch):
     np.testing.assert_array_equal(train(plan(6, block=1), path, "cut").loss, whole.loss)
     with pytest.raises(CommandError, match=r"learning_rate: 0\.1 there, 0\.2 here"):
         train(plan(6, rate=0.2), path, "cut")
+
+
+def test_training_starts_from_what_it_is_given(tmp_path):
+    first = train(plan(4), tmp_path / "first.npz", "first").theta
+    # A step so small that theta stays: what it ends with is what it started from.
+    still = dataclasses.replace(plan(2), outer=Outer("adam", 1e-12))
+    again = functools.partial(train, still, tmp_path / "second.npz", "second")
+    chex.assert_trees_all_close(again(start=first).theta, first, atol=1e-9)
+    for other in (jax.tree.map(lambda x: x + 1, first), None):
+        with pytest.raises(CommandError, match="start: "):
+            again(start=other)
 
 
 def test_steps_come_in_whole_pieces():

@@ -21,6 +21,9 @@ def test_every_variant_makes_as_many_inner_steps(name):
     first = ablation.plan(ablation.Variant(), size)
     plan = ablation.plan(ablation.VARIANTS[name], size)
     work = plan.num_steps * inner_steps(plan.estimator)
+    if (variant := ablation.VARIANTS[name]).teacher is not None:
+        start = ablation.imitation(variant, size)
+        work += start.num_steps * inner_steps(start.estimator)
     wanted = first.num_steps * inner_steps(first.estimator)
     assert abs(work - wanted) <= plan.piece * inner_steps(plan.estimator) / 2
 
@@ -46,6 +49,35 @@ def test_a_variant_differs_in_what_it_says(change, expected):
     found = list(run.differences(*map(to_config, parts)))
     assert found
     assert all(line.startswith(expected) for line in found)
+
+
+def test_the_horizon_grows_over_half_of_any_size():
+    variant = ablation.VARIANTS["longest run grows from 100"]
+    for size in (TINY, ablation.Size(num_steps=3000)):
+        for part in ablation.estimator_of(variant, size).estimators:
+            assert part.learner.horizon.num_steps == size.num_steps // 2
+
+
+def test_a_variant_with_a_teacher_starts_from_what_it_taught(tmp_path, monkeypatch):
+    variant = ablation.Variant(teacher=ablation.TEACHER)
+    variants = {"first": ablation.Variant(), "taught": variant}
+    monkeypatch.setattr(ablation, "VARIANTS", variants)
+    monkeypatch.setattr(ablation, "Size", lambda *_: TINY)
+    monkeypatch.setattr(ablation, "adam", lambda size: tests)
+    monkeypatch.setattr(ablation, "tested", lambda theta, size: tests)
+    tests, calls = {name: np.zeros(2) for name in ablation.TESTS}, []
+
+    def train(plan, path, label, start=None):
+        calls.append((plan, start))
+        return few_shot_training.FewShotRun(len(calls), None, 0.0, None)
+
+    monkeypatch.setattr(ablation, "train", train)
+    ablation.main(tmp_path, full=False)
+    (_, *none), (first, nothing), (second, theta) = calls
+    assert none == [None] and nothing is None and theta == 2
+    learner = first.estimator.estimators[0].learner
+    assert learner.teacher == ablation.TEACHER
+    assert second.estimator == ablation.estimator_of(ablation.Variant(), TINY)
 
 
 def test_tasks_can_be_left_as_they_are_and_be_more():
@@ -82,7 +114,8 @@ def test_report_ranks_the_variants(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "Size", lambda *_: TINY)
     monkeypatch.setattr(ablation, "OPTIMIZER", Hyper("sgd"))
 
-    def train(plan, path, label):
+    def train(plan, path, label, start):
+        assert start is None
         (rate,) = {part.std for part in plan.estimator.estimators}
         assert label == names[rate] and path == tmp_path / f"{label}.npz"
         theta = {"learning_rate": np.full(TINY.seeds, np.log(rate))}

@@ -7,6 +7,7 @@ loop, so that an interrupted run goes on to the same numbers.
 
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import pathlib
@@ -84,6 +85,7 @@ def train(
     path: pathlib.Path,
     label: str,
     watch: Callable[[chex.ArrayTree], Any] | None = None,
+    start: chex.ArrayTree | None = None,
 ) -> FewShotRun:
     """Trains, goes on where an earlier call was interrupted, or reads its result.
 
@@ -92,6 +94,7 @@ def train(
         path: the file that keeps the state.
         label: what the lines on the screen call it.
         watch: from theta, leaves `[seeds, ...]`, to a number per seed.
+        start: meta-parameters to start from, leaves `[seeds, ...]`; drawn if None.
 
     Raises:
         CommandError: if the file holds another training, or nothing but steps that
@@ -99,20 +102,24 @@ def train(
     """
     tx = plan.outer.transformation(plan.num_steps)
     data = plan.estimator.load()
-    init = functools.partial(meta_init, plan.estimator, tx, data)
+    init = jax.vmap(
+        lambda key, theta: meta_init(plan.estimator, tx, data, key, theta=theta)
+    )
     keys = jax.vmap(jax.random.key)(jnp.array(plan.seeds))
-    like = jax.eval_shape(jax.vmap(init), keys)
+    like = jax.eval_shape(init, keys, start)
+    config = to_config(plan) | _described(start)
     if path.exists():
-        run = _read(path, like, to_config(plan))
+        run = _read(path, like, config)
     else:
         none = np.empty((len(plan.seeds), 0))
-        run = _Run(jax.jit(jax.vmap(init))(keys), none, none, 0.0)
+        run = _Run(jax.jit(init)(keys, start), none, none, 0.0)
     if run.loss.shape[1] * plan.piece < plan.num_steps:
         # One program for every seed: no device ever waits for another.
         mesh = task_mesh(_devices(len(plan.seeds)))
         run = run._replace(state=jax.device_put(run.state, sharded(mesh)))
         data = jax.device_put(data, replicated(mesh))
-        run = _go_on(plan, tx, data, run, path, label, watch)
+        save = functools.partial(_write, path, config=config)
+        run = _go_on(plan, tx, data, run, save, label, watch)
     theta = jax.device_get(run.state.theta)
     return FewShotRun(theta, run.loss, round(run.seconds, 1), run.watched)
 
@@ -133,7 +140,17 @@ class _Run(NamedTuple):
     seconds: float
 
 
-def _go_on(plan, tx, data, run: _Run, path, label: str, watch) -> _Run:
+def _described(start: chex.ArrayTree | None) -> dict[str, str]:
+    """Returns what tells one start from another; nothing for none."""
+    if start is None:
+        return {}
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(start):
+        digest.update(np.asarray(leaf).tobytes())
+    return {"start": digest.hexdigest()}
+
+
+def _go_on(plan, tx, data, run: _Run, save, label: str, watch) -> _Run:
     """Takes the steps that are missing, saving now and then."""
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -163,7 +180,7 @@ def _go_on(plan, tx, data, run: _Run, path, label: str, watch) -> _Run:
                 f"{label}: the last {_SKIPPED} meta-gradients were not finite."
             )
         if done == plan.num_steps or time.monotonic() - saved > _SAVE_SECONDS:
-            _write(path, run, to_config(plan))
+            save(run)
             saved = time.monotonic()
             print(
                 f"{label}: step {done:,} of {plan.num_steps:,}, meta-loss "

@@ -20,9 +20,10 @@ from experiments.report import RATES
 from experiments.reproduce.few_shot_training import FewShotTraining, train
 from metaopt import evaluate
 from metaopt.augment import Reparametrised
-from metaopt.estimators import NRES, PES, Mixture, TruncatedES
-from metaopt.learner import LogUniform, TrainTask
-from metaopt.optimizers import Hyper, SmallFC
+from metaopt.estimators import NRES, PES, Mixture, TruncatedBackprop, TruncatedES
+from metaopt.imitate import Imitate
+from metaopt.learner import Growing, LogUniform, TrainTask
+from metaopt.optimizers import Fixed, Hyper, SmallFC
 from metaopt.task import Task
 
 TRAINED: tuple[Task, ...] = (
@@ -42,6 +43,7 @@ TESTS: dict[str, Task] = {
     "sinusoid": tasks.Sinusoid(),
 }
 OPTIMIZER = SmallFC(step_size=0.01)
+TEACHER = Fixed("adam", (("learning_rate", 1e-2),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Variant(NamedTuple):
         meta_loss: of `TrainTask`.
         split: data of the meta-loss.
         scales: the parameters are rescaled by up to this factor; 1 for not at all.
+        teacher: a rule to imitate first, in a part of the inner steps; None for none.
     """
 
     estimator: Any = NRES
@@ -87,6 +90,7 @@ class Variant(NamedTuple):
     meta_loss: str = "mean"
     split: str = "valid"
     scales: float = 3.0
+    teacher: Any = None
 
 
 VARIANTS = {
@@ -102,6 +106,12 @@ VARIANTS = {
     "windows of 10": Variant(window=10),
     "std 0.03": Variant(std=0.03),
     "truncated ES": Variant(TruncatedES),
+    # For the default size; `estimator_of` stretches it over half of any other.
+    "longest run grows from 100": Variant(horizon=Growing(100, 100, 1000, 150)),
+    "from Adam, distilled": Variant(teacher=TEACHER),
+    "from Adam, mean log of the training loss": Variant(
+        split="train", meta_loss="mean-log", teacher=TEACHER
+    ),
 }
 
 
@@ -114,24 +124,57 @@ def plan(variant: Variant, size: Size) -> FewShotTraining:
     """
     estimator = estimator_of(variant, size)
     work = size.num_steps * inner_steps(estimator_of(Variant(), size))
+    if variant.teacher is not None:
+        first = imitation(variant, size)
+        work -= first.num_steps * inner_steps(first.estimator)
     piece = max(size.num_steps // 20, 1)
     steps = max(round(work / inner_steps(estimator) / piece), 1) * piece
     outer = Outer("adam", learning_rate=5e-3, warmup=20, weight_decay=1e-3)
     return FewShotTraining(estimator, outer, steps, tuple(range(size.seeds)), piece)
 
 
+def imitation(variant: Variant, size: Size) -> FewShotTraining:
+    """Returns the distillation that a variant with a teacher starts with.
+
+    It takes a tenth of the inner steps.
+
+    Args:
+        variant: the way.
+        size: how much is computed.
+    """
+    learners = [
+        Imitate(task, OPTIMIZER, variant.teacher, LogUniform(100, 400))
+        for task in trained_on(variant)
+    ]
+    estimator = Mixture(
+        tuple(TruncatedBackprop(x, size.pairs, window=20) for x in learners)
+    )
+    work = size.num_steps * inner_steps(estimator_of(Variant(), size)) / 10
+    steps = max(round(work / inner_steps(estimator) / 5), 1) * 5
+    outer = Outer("adam", learning_rate=1e-2, warmup=20)
+    return FewShotTraining(estimator, outer, steps, tuple(range(size.seeds)), piece=5)
+
+
+def trained_on(variant: Variant) -> list[Task]:
+    """Returns the tasks of a variant, rescaled if it says so."""
+    chosen = (*TRAINED, *MORE)[: variant.num_tasks]
+    if variant.scales == 1:
+        return list(chosen)
+    low, high = 1 / variant.scales, variant.scales
+    return [Reparametrised(task, minimum=low, maximum=high) for task in chosen]
+
+
 def estimator_of(variant: Variant, size: Size) -> Mixture:
     """Returns what estimates the meta-gradients of a variant."""
     pairs = max(round(size.pairs * variant.share), 1)
-    parts = []
-    for task in (*TRAINED, *MORE)[: variant.num_tasks]:
-        if variant.scales > 1:
-            low, high = 1 / variant.scales, variant.scales
-            task = Reparametrised(task, minimum=low, maximum=high)
+    horizon, parts = variant.horizon, []
+    if isinstance(horizon, Growing):
+        horizon = dataclasses.replace(horizon, num_steps=max(size.num_steps // 2, 1))
+    for task in trained_on(variant):
         learner = TrainTask(
             task,
             OPTIMIZER,
-            horizon=variant.horizon,
+            horizon=horizon,
             meta_loss=variant.meta_loss,
             meta_split=variant.split,
             loss_cap=1.5 * math.log(10),
@@ -151,7 +194,11 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
     found["no meta-training"] = tested(jax.vmap(OPTIMIZER.init_theta)(first), size)
     for name, variant in VARIANTS.items():
         slug = "".join(c if c.isalnum() else "-" for c in name)
-        run = train(plan(variant, size), out / f"{slug}.npz", name)
+        start = None
+        if variant.teacher is not None:
+            path = out / "imitation.npz"
+            start = train(imitation(variant, size), path, f"{name}, imitation").theta
+        run = train(plan(variant, size), out / f"{slug}.npz", name, start=start)
         found[name] = tested(run.theta, size)
     base = found[next(iter(VARIANTS))]
     rows = [row(name, logs, base) for name, logs in found.items()]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from metaopt._tree import select
 from metaopt.estimators import base, windows
-from metaopt.learner import LogUniform, draw_length, longest, unroll
+from metaopt.learner import RandomHorizon, draw_length, longest, unroll
 from metaopt.sharding import map_over_tasks
 
 
@@ -57,7 +57,7 @@ class FullUnroll(base.OverTasks):
     def _unroll(self, theta, start, data, steps):
         def step(state, xs):
             key, running = xs
-            if isinstance(self.learner.horizon, LogUniform):
+            if isinstance(self.learner.horizon, RandomHorizon):
                 # Past its end an episode starts over: were it to diverge there, zero
                 # times infinity would make its gradient NaN.
                 state = select(running, state, start)
@@ -130,8 +130,7 @@ class TruncatedBackprop(base.OverTasks):
                     length=self.window,
                 )
                 loss = windows.reduce_window(out, self.window_loss)
-                step = windows.advance(start, self.window, loss)
-                return loss, windows.WindowState(end, step, start.length)
+                return loss, windows.advance(start, end, self.window, loss)
 
             (loss, state), grad = jax.value_and_grad(window, has_aux=True)(theta)
             return grad, loss, state

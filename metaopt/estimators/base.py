@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from metaopt import validate
 from metaopt._tree import all_finite
-from metaopt.learner import Learner, StepOut, check_horizon
+from metaopt.learner import Growing, Learner, StepOut, check_horizon
 
 
 class Estimate(NamedTuple):
@@ -77,6 +77,11 @@ class OverTasks:
                     f"got learner={self.learner!r}, which has no {method}."
                 )
         check_horizon(self.learner.horizon)
+        if isinstance(self.learner.horizon, Growing) and not hasattr(self, "window"):
+            raise ValueError(
+                f"horizon={self.learner.horizon} needs an estimator that works in "
+                f"windows such as PES, got {type(self).__name__}."
+            )
         validate.integer("num_tasks", self.num_tasks)
         if self.block is not None:
             validate.integer("block", self.block)

@@ -126,8 +126,7 @@ class TruncatedES(base.OverTasks):
                     learner, theta, start.learner, data, unroll_key, length=self.window
                 )
                 loss = windows.reduce_window(out, self.window_loss)
-                step = windows.advance(start, self.window, loss)
-                return loss, windows.WindowState(end, step, start.length)
+                return loss, windows.advance(start, end, self.window, loss)
 
             losses, ends = jax.vmap(lane)(lanes)
             grad = difference(noise, losses[:2], self.std)

@@ -99,9 +99,7 @@ class Persistent(base.OverTasks):
 
             losses, ends, starts = jax.vmap(lane)(antithetic(theta, noise), before)
             grad = difference(direction, losses, self.std)
-            # If either sign diverged both restart: a pair shares its episode.
-            step = windows.advance(starts, self.window, losses)
-            end = windows.WindowState(ends, step, starts.length)
+            end = windows.advance(starts, ends, self.window, losses)
             return grad, jnp.mean(losses), PairState(end, direction)
 
         tasks = base.task_arguments(self.num_tasks, key) | {"state": state}

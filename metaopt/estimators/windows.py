@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from metaopt import validate
 from metaopt._tree import select
 from metaopt.estimators import base
-from metaopt.learner import Learner, LogUniform, StepOut, draw_length
+from metaopt.learner import Growing, Learner, RandomHorizon, StepOut, draw_length
 
 
 def check_window(window: int, learner: Learner, window_loss: str) -> None:
@@ -17,7 +17,7 @@ def check_window(window: int, learner: Learner, window_loss: str) -> None:
     validate.integer("window", window)
     validate.one_of("window_loss", window_loss, ("mean", "final"))
     horizon = learner.horizon
-    if isinstance(horizon, LogUniform):
+    if isinstance(horizon, RandomHorizon):
         if window > horizon.minimum:
             raise ValueError(
                 "window must not exceed the shortest horizon, "
@@ -55,7 +55,7 @@ def stagger(index: jax.Array, length: jax.Array, window: int, learner: Learner):
         The remaining inner steps of the first episode, `[]` int32, at least `window`.
     """
     windows = length // window
-    if isinstance(learner.horizon, LogUniform):
+    if isinstance(learner.horizon, RandomHorizon):
         skipped = jnp.floor((index * 0.6180339887 % 1.0) * windows).astype(jnp.int32)
     else:
         skipped = index % windows
@@ -69,11 +69,14 @@ class WindowState(NamedTuple):
         learner: state of each learner.
         step: inner steps taken in the episode, int32.
         length: inner steps of the episode, int32.
+        count: windows since the beginning of meta-training, int32; `()` unless the
+            horizon depends on it.
     """
 
     learner: chex.ArrayTree
     step: jax.Array
     length: jax.Array
+    count: chex.ArrayTree = ()
 
 
 def start(
@@ -86,7 +89,8 @@ def start(
         length = draw_length(learner.horizon, window, length_key)
         length = stagger(task["index"], length, window, learner)
         state = learner.reset(theta, data, reset_key, length=length)
-        return WindowState(state, jnp.int32(0), length)
+        count = jnp.int32(0) if isinstance(learner.horizon, Growing) else ()
+        return WindowState(state, jnp.int32(0), length, count)
 
     return jax.vmap(one_task)(base.task_arguments(num_tasks, key))
 
@@ -97,15 +101,26 @@ def restart(
     """Restarts one trajectory if its episode is over, else returns it unchanged."""
     length_key, reset_key = jax.random.split(key)
     done = state.step >= state.length
-    length = draw_length(learner.horizon, window, length_key)
+    now = {"step": state.count} if isinstance(learner.horizon, Growing) else {}
+    length = draw_length(learner.horizon, window, length_key, **now)
     length = jnp.where(done, length, state.length)
     fresh = learner.reset(theta, data, reset_key, length=length)
-    return WindowState(
-        select(done, fresh, state.learner), jnp.where(done, 0, state.step), length
-    )
+    step = jnp.where(done, 0, state.step)
+    return WindowState(select(done, fresh, state.learner), step, length, state.count)
 
 
-def advance(start: WindowState, window: int, *losses: jax.Array) -> jax.Array:
-    """Returns the steps taken after a window; a non-finite loss ends the episode."""
-    finite = jnp.all(jnp.isfinite(jnp.stack(losses)))
-    return jnp.where(finite, start.step + window, start.length)
+def advance(
+    start: WindowState, learner: chex.ArrayTree, window: int, losses: jax.Array
+) -> WindowState:
+    """Returns the trajectory after a window; a non-finite loss ends the episode.
+
+    Args:
+        start: the trajectory before it, or both of a pair.
+        learner: state of the learner after it.
+        window: inner steps of it.
+        losses: its meta-loss, or those of the pair, whose episode ends for both.
+    """
+    finite = jnp.all(jnp.isfinite(losses))
+    step = jnp.where(finite, start.step + window, start.length)
+    count = jax.tree.map(lambda x: x + 1, start.count)
+    return WindowState(learner, step, start.length, count)

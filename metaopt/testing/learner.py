@@ -6,7 +6,7 @@ import numpy as np
 
 from metaopt.learner import (
     Learner,
-    LogUniform,
+    RandomHorizon,
     StepOut,
     check_horizon,
     draw_length,
@@ -66,7 +66,7 @@ def _check_step(learner, theta, data):
 def _check_episode(learner, theta, data):
     steps = min(longest(learner.horizon), 50)
     # A fixed horizon may be part of the learner's weights, so only whole ones average.
-    whole = isinstance(learner.horizon, LogUniform) or learner.horizon == steps
+    whole = isinstance(learner.horizon, RandomHorizon) or learner.horizon == steps
 
     def episode(theta, key):
         start = learner.reset(theta, data, key, length=jnp.int32(steps))
