@@ -8,6 +8,7 @@ from tasks.images import ImageMLP
 
 TINY = dauphin.Size(
     ImageMLP("digits", (2,), "tanh", batch_size=32, image_size=2),
+    ImageMLP("digits", (2,), "tanh", batch_size=32, image_size=2),
     seeds=2,
     steps=(0, 5),
     newton_steps=40,
@@ -25,12 +26,18 @@ def test_rank_correlation_is_scipys():
 
 def test_the_report_follows_from_the_runs(tmp_path, monkeypatch):
     report = dauphin.reproduce(tmp_path, TINY)
-    bands, training = report["tables"].values()
+    levels, training = report["tables"].values()
     tag = dauphin._tag(TINY)
     with np.load(tmp_path / f"points-{tag}.npz") as points:
-        assert points["loss"].shape == (8,)
+        assert points["loss"].shape == (14,)
         found = points["gradient_norm"] < 1e-4
-        assert 0 < found.sum() == sum(row["points"] for row in bands)
+        assert 0 < found.sum() == sum(row["points"] for row in levels)
+        assert [row["searches"] for row in levels] == [8, 2, 2, 2]
+        # One unit more, a lower loss and fewer directions that lead down.
+        off, one = (points["units"] == units for units in (0, 1))
+        assert points["loss"][off & found].min() > points["loss"][one & found].max()
+        index = points["saddle_index"]
+        assert index[off & found].min() > index[one & found].max()
     for row in training:
         with np.load(tmp_path / f"{row['rule']}-{tag}.npz") as run:
             assert run["losses"].shape == (2, 2, 21)

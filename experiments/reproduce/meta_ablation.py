@@ -112,6 +112,9 @@ VARIANTS = {
     "from Adam, mean log of the training loss": Variant(
         split="train", meta_loss="mean-log", teacher=TEACHER
     ),
+    "four tasks, mean log of the training loss": Variant(
+        num_tasks=4, split="train", meta_loss="mean-log"
+    ),
 }
 
 
