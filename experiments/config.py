@@ -5,11 +5,10 @@ import math
 from typing import Any
 
 import chex
-import jax
 import optax
 
+from experiments.run import differences
 from metaopt import validate
-from metaopt._tree import require_like
 from metaopt.estimators import (
     Curriculum,
     FullUnroll,
@@ -23,6 +22,7 @@ from metaopt.fewshot import InContext
 from metaopt.imitate import Imitate
 from metaopt.learner import TrainTask, longest
 from metaopt.optimizers.fixed import check_arguments, factory
+from metaopt.registry import to_config
 from metaopt.secant import SecantPenalty
 from metaopt.weights import load_with_info
 
@@ -150,19 +150,22 @@ class MetaTrain(Training):
         """Returns what `start` names, None for nothing.
 
         Raises:
-            ValueError: if there are no such weights, or they belong to another rule.
+            ValueError: if there are no such weights, or they belong to another rule,
+                with every setting that differs.
         """
         if self.start is None:
             return None
-        rule, theta, _ = load_with_info(self.start)
+        try:
+            rule, theta, _ = load_with_info(self.start)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"start={self.start!r}: {error}") from error
         ours = learners(self.estimator)[0].optimizer
-        if type(rule) is not type(ours):
+        if rule != ours:
+            changes = list(differences(to_config(rule), to_config(ours)))
             raise ValueError(
-                f"start must hold weights of {type(ours).__name__}, got "
-                f"start={self.start!r} with those of {type(rule).__name__}."
+                f"start={self.start!r} holds weights of another rule: "
+                f"{'; '.join(changes)}. Choose the options of the optimizer alike."
             )
-        shape = jax.eval_shape(ours.init_theta, jax.random.key(0))
-        require_like(f"start={self.start!r}: theta", theta, shape)
         return theta
 
 

@@ -261,7 +261,7 @@ META_TRAIN = {
         _digits_pes,
     ),
     "imitate-adam": Preset(
-        "the same network, fitted to the updates of Adam: a --start; minutes",
+        "the same network, fitted to the updates of Adam; weights for --start; minutes",
         _imitate_adam,
     ),
     "images-pes": Preset(

@@ -21,6 +21,7 @@ from metaopt._files import write_atomically
 _FREE_TO_CHANGE = re.compile(
     r"(config\.)?(evaluation|checkpoint_|estimator\.(estimators?\.|\d+\.)*block:)"
 )
+CHECKPOINTS = "checkpoints"
 _PACKAGES = ("jax", "jaxlib", "numpy", "optax", "dm-haiku", "chex")
 
 
@@ -73,7 +74,7 @@ class RunDirectory:
     @property
     def checkpoints(self) -> pathlib.Path:
         """The folder of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def record_start(self, **facts: Any) -> dict[str, Any]:
         """Appends versions, revision and `facts` to `starts.jsonl` and returns them."""

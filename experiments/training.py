@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
 
+import chex
 import jax
+import optax
 
 from experiments.config import Training, inner_steps, parts
 from experiments.console import CommandError
 from experiments.options import Launch
 from experiments.progress import Progress
-from experiments.run import Metrics, RunDirectory, writing
+from experiments.run import CHECKPOINTS, Metrics, RunDirectory, writing
 from metaopt import checkpoint
 from metaopt.registry import to_config
 from metaopt.sharding import task_mesh
@@ -98,7 +100,9 @@ def run(
     try:
         # First, so that a dataset or weights that are missing leave no folder behind.
         data = config.estimator.load()
-        config.first_theta()
+        # What a checkpoint holds needs them no more.
+        fresh = checkpoint.latest(launch.out / CHECKPOINTS) is None
+        theta = config.first_theta() if fresh else None
     except (ValueError, ImportError) as error:
         raise CommandError(str(error)) from error
     folder = RunDirectory(launch.out, record, resume=launch.resume)
@@ -108,7 +112,7 @@ def run(
     mesh = task_mesh(devices_for(config))
     trainer = make_trainer(config.estimator, tx, data, mesh=mesh)
     with writing(launch.out):
-        state, seconds = begin(config, trainer, tx, data, folder)
+        state, seconds = begin(config, trainer, tx, data, folder, theta)
         facts = folder.record_start(
             started_from=int(state.step), devices_used=mesh.size
         )
@@ -146,14 +150,22 @@ def devices_for(config: Training) -> list[jax.Device]:
 
 
 def begin(
-    config: Training, trainer: MetaTrainer, tx, data, folder: RunDirectory
+    config: Training,
+    trainer: MetaTrainer,
+    tx: optax.GradientTransformation,
+    data: chex.ArrayTree,
+    folder: RunDirectory,
+    theta: chex.ArrayTree | None = None,
 ) -> tuple[MetaState, float]:
-    """Returns the state to start from, and the seconds spent to get there."""
+    """Returns the state to start from, and the seconds spent to get there.
+
+    Without a checkpoint that is `theta`, or a new draw if it is None.
+    """
     key = jax.random.key(config.seed)
     if not folder.resumed or checkpoint.latest(folder.checkpoints) is None:
         if folder.resumed:
             print(f"{folder.path} has no checkpoint yet: starting from step 0.")
-        return trainer.init(key, config.first_theta()), 0.0
+        return trainer.init(key, theta), 0.0
     shapes = jax.eval_shape(
         functools.partial(meta_init, config.estimator, tx), data, key
     )

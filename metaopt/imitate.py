@@ -41,7 +41,8 @@ class Imitate:
     parameters. The meta-loss is `|u - v|^2 / |v|^2` for its updates `u` and the
     teacher's `v`, all parameters together: 0 if they are equal, 1 for no update at all.
     Parameters do not depend on theta, so backpropagation through short windows is
-    exact but for what the optimizer's own state carries from before.
+    exact but for what the optimizer's own state carries from before. The teacher is a
+    rule without trained weights, such as a hand-designed one.
 
     Attributes:
         task: what the teacher trains on.
@@ -49,6 +50,8 @@ class Imitate:
         teacher: the rule to imitate, with the theta that it starts with, such as
             `Fixed("adam", (("learning_rate", 1e-3),))`.
         horizon: length of a training run in inner steps, fixed or random.
+        loss_cap: largest meta-loss of a step, None for no limit: where a teacher has
+            converged any step is many times as long as its own.
 
     >>> from metaopt.optimizers import Fixed, SmallFC
     >>> from metaopt.testing import Quadratic
@@ -65,6 +68,7 @@ class Imitate:
     optimizer: LearnedOptimizer
     teacher: LearnedOptimizer
     horizon: Horizon = 100
+    loss_cap: float | None = 10.0
 
     def __post_init__(self):
         example = "Fixed('adam', (('learning_rate', 1e-3),))"
@@ -72,6 +76,8 @@ class Imitate:
         validate.instance("optimizer", self.optimizer, LearnedOptimizer, "SmallFC()")
         validate.instance("teacher", self.teacher, LearnedOptimizer, example)
         check_horizon(self.horizon)
+        if self.loss_cap is not None:
+            validate.number("loss_cap", self.loss_cap, low=0.0, open_low=True)
 
     def load(self):
         """Returns the data arrays of the task."""
@@ -108,6 +114,8 @@ class Imitate:
         square = lambda tree: optax.tree.norm(tree, squared=True)
         error = square(optax.tree.sub(updates, wanted))
         error = error / (square(wanted) + _SMALL_UPDATE)
+        if self.loss_cap is not None:
+            error = jnp.minimum(error, self.loss_cap)
         params = optax.apply_updates(params, wanted)
         state = ImitateState(instance, params, teacher, student)
         return state, StepOut(error.astype(jnp.float32), jnp.float32(1.0))

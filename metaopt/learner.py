@@ -39,9 +39,10 @@ class LogUniform:
 class Growing:
     """A curriculum: a log-uniform horizon whose longest episode grows.
 
-    At outer step `t` an episode that starts is drawn from `[minimum, longest]`, where
-    `longest` goes from `first` to `maximum`, in equal factors over `num_steps` outer
-    steps, and stays there. For estimators that work in windows, one per outer step.
+    At outer step `t` an episode that starts is drawn from `[minimum, longest]`, in
+    whole windows, where `longest` goes from `first` to `maximum`, in equal factors over
+    `num_steps` outer steps, and stays there. For estimators that work in windows, one
+    per outer step.
 
     Attributes:
         minimum: shortest episode, in inner steps.
@@ -78,7 +79,7 @@ def longest(horizon: Horizon) -> int:
 
 
 def draw_length(
-    horizon: Horizon, window: int, key: jax.Array, step: jax.Array | int = 0
+    horizon: Horizon, window: int, key: jax.Array, step: jax.Array | int | None = None
 ) -> jax.Array:
     """Draws an episode length in inner steps, `[]` int32, a multiple of `window`.
 
@@ -87,16 +88,23 @@ def draw_length(
         window: inner steps per window.
         key: randomness.
         step: the outer step, which a `Growing` horizon depends on.
+
+    Raises:
+        ValueError: if the horizon is `Growing` and there is no step.
     """
     if not isinstance(horizon, RandomHorizon):
         return jnp.int32(horizon)
     low, high = math.log(horizon.minimum), math.log(horizon.maximum)
     now: float | jax.Array = high
     if isinstance(horizon, Growing):
+        if step is None:
+            raise ValueError(f"step must be the outer step for {horizon}, got None.")
         left = jnp.maximum(1.0 - step / horizon.num_steps, 0.0)
         now = high - left * math.log(horizon.maximum / horizon.first)
     steps = jnp.exp(jax.random.uniform(key, minval=low, maxval=now))
-    windows = jnp.clip(jnp.round(steps / window), 1, horizon.maximum // window)
+    # The margin is for the rounding of exp(log(x)).
+    most = jnp.floor(jnp.exp(now) / window + 1e-3)
+    windows = jnp.clip(jnp.round(steps / window), 1, most)
     return window * windows.astype(jnp.int32)
 
 

@@ -367,24 +367,32 @@ def test_a_run_starts_from_weights(finished, tmp_path, capsys):
     chex.assert_trees_all_close(theta_of(tmp_path / "a"), theta_of(finished[0]))
     saved = json.loads((tmp_path / "a" / "config.json").read_text())
     assert saved["config"]["start"] == str(weights)
+    # It goes on from its checkpoint, whatever has become of the weights.
+    weights = tmp_path / "gone.safetensors"
+    shutil.copy(finished[0] / "theta.safetensors", weights)
+    words[-1] = weights
+    assert start("--out", tmp_path / "c", *words, steps=1) == 0
+    weights.unlink()
+    assert start("--out", tmp_path / "c", "--resume", *words, steps=1) == 0
     capsys.readouterr()
     for wrong, message in (
-        (tmp_path / "none", "must be a bundled name or an existing file"),
-        ("digits-small-fc", "weights of Hyper, got start='digits-small-fc'"),
+        (tmp_path / "none", f"start='{tmp_path / 'none'}': name_or_path must be"),
+        ("digits-small-fc", 'another rule: type: "SmallFC" there, "Hyper" here'),
     ):
         assert start("--out", tmp_path / "b", "--start", wrong) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / "b").exists()
 
 
-def test_weights_of_another_shape_are_no_start(tmp_path):
-    path, rule = tmp_path / "a.safetensors", SmallFC(widths=(5,))
-    theta = rule.init_theta(jax.random.key(0))
-    metaopt.save_weights(path, theta, rule)
-    learner = TrainTask(Quadratic(), SmallFC())
-    config = configs.MetaTrain(estimators.FullES(learner), start=str(path))
-    with pytest.raises(ValueError, match="must be of shape"):
-        config.first_theta()
+def test_weights_for_other_settings_are_no_start():
+    for step_size in (0.03, 0.01):
+        learner = TrainTask(Quadratic(), SmallFC(step_size=step_size))
+        config = configs.MetaTrain(estimators.FullES(learner), start="images-small-fc")
+        if step_size == 0.01:
+            assert config.first_theta() is not None
+        else:
+            with pytest.raises(ValueError, match=r"step_size: 0\.01 there, 0\.03 here"):
+                config.first_theta()
 
 
 def test_meta_train_takes_other_learners_of_optimizers():

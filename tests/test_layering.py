@@ -13,7 +13,7 @@ LAYERS = (
     ("task",),
     ("optimizers.base",),
     ("learner",),
-    ("optimizers", "estimators", "augment", "secant"),
+    ("optimizers", "estimators", "augment", "imitate", "secant"),
     ("baselines",),
     ("train", "evaluate", "checkpoint", "coordinate_check", "scores"),
     ("fewshot",),

@@ -143,12 +143,14 @@ def test_growing_horizons():
         draw = lambda key: draw_length(horizon, 20, key, jnp.int32(step))
         return np.asarray(jax.jit(jax.vmap(draw))(keys))
 
-    # From 200 to 2000 in equal factors: half way by the root of ten.
-    for step, longest in ((0, 200), (50, 640), (100, 2000), (300, 2000)):
+    # From 200 to 2000 in equal factors: half way by the root of ten, 632.
+    for step, longest in ((0, 200), (50, 620), (100, 2000), (300, 2000)):
         found = lengths(step)
         assert (found.min(), found.max()) == (20, longest)
         middle = np.mean(found <= np.sqrt(20 * longest))
         np.testing.assert_allclose(middle, 0.5, atol=0.06)
+    with pytest.raises(ValueError, match="step must be the outer step"):
+        draw_length(horizon, 20, keys[0])
     whole = jax.vmap(lambda key: draw_length(LogUniform(20, 2000), 20, key))(keys)
     np.testing.assert_array_equal(lengths(100), whole)
 
@@ -182,6 +184,18 @@ def test_backpropagation_fits_the_teacher():
     )
     rate = float(jnp.exp(state.theta["learning_rate"]))
     np.testing.assert_allclose(rate, 0.03, rtol=0.02)
+
+
+def test_a_teacher_that_has_converged_costs_no_more_than_the_cap():
+    adam = Fixed("adam", (("learning_rate", 0.01),))
+    losses = []
+    for cap in (None, 2.0):
+        learner = Imitate(Quadratic(3), SmallFC(step_size=0.01), adam, 1000, cap)
+        theta, key = learner.init_theta(jax.random.key(0)), jax.random.key(1)
+        state = learner.reset(theta, (), key, length=1000)
+        losses.append(unroll(learner, theta, state, (), key, length=1000)[1].loss)
+    assert losses[0].max() > 1e3
+    np.testing.assert_allclose(losses[1], jnp.minimum(losses[0], 2.0))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Dauphin et al., 2014, https://arxiv.org/abs/1406.2572.
 """
 
 import functools
+import hashlib
 import pathlib
 from typing import Any, NamedTuple
 
@@ -93,13 +94,15 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
 
 def reproduce(out: pathlib.Path, size: Size) -> dict[str, Any]:
     """Searches, trains and plots at a given size."""
-    tag = _tag(size)
-    points = kept(out / f"points-{tag}.npz", lambda: search(size))
+    trained = _tag(size.task, size.seeds, size.length, size.rates)
+    places = size.steps, size.noises, size.push, _TRAINED
+    searched = _tag(size.searched, size.seeds, size.decay, places, size.newton_steps)
+    points = kept(out / f"points-{searched}.npz", lambda: search(size))
     found = points["gradient_norm"] < _CRITICAL
     loss, init = problem(size.task)
     runs = {
         name: kept(
-            out / f"{name}-{tag}.npz",
+            out / f"{name}-{trained}.npz",
             functools.partial(train, size, name, loss, init),
         )
         for name in RULES
@@ -136,14 +139,9 @@ def reproduce(out: pathlib.Path, size: Size) -> dict[str, Any]:
     }
 
 
-def _tag(size: Size) -> str:
-    net = "-".join(
-        f"{task.dataset}-{task.image_size}-{task.widths[0]}-{task.batch_size}"
-        for task in (size.task, size.searched)
-    )
-    searches = f"{max(size.steps)}x{len(size.steps)}x{len(size.noises)}"
-    rates = f"{size.length}x{len(size.rates)}"
-    return f"{net}-{size.seeds}-{searches}-{size.newton_steps}-{rates}"
+def _tag(*settings: Any) -> str:
+    """Returns a name for all that a result depends on."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
 
 
 def problem(task: ImageMLP):
@@ -175,7 +173,7 @@ def search(size: Size) -> dict[str, Any]:
 
     def path(params, units):
         on = jnp.arange(width) < units
-        part = lambda params: jax.tree.map(lambda x: _masked(x, on), params)
+        part = lambda params: _masked(params, on)
         tx, length = optax.adam(0.02), max(*size.steps, _TRAINED) + 1
 
         def body(carry, _):
@@ -214,11 +212,14 @@ def search(size: Size) -> dict[str, Any]:
     return {name: getattr(found, name) for name in names} | kinds
 
 
-def _masked(x: jax.Array, on: jax.Array) -> jax.Array:
+def _masked(params: Any, on: jax.Array) -> Any:
     """Returns the parameters of a network with one hidden layer, some units off."""
-    if x.shape[-1] == len(on):
-        return x * on
-    return x * on[:, None] if x.ndim == 2 else x
+    first, last = sorted(params)
+    hidden, output = params[first], params[last]
+    return {
+        first: {"w": hidden["w"] * on, "b": hidden["b"] * on},
+        last: {"w": output["w"] * on[:, None], "b": output["b"]},
+    }
 
 
 def train(size: Size, name: str, loss, init) -> dict[str, Any]:
@@ -283,7 +284,7 @@ def _levels(points, found) -> list[dict[str, Any]]:
     for units in np.unique(points["units"]):
         here = points["units"] == units
         loss, index = (points[x][here & found] for x in ("loss", "saddle_index"))
-        row = {"units": "runs of Adam" if units < 0 else int(units)}
+        row: dict[str, Any] = {"units": "runs of Adam" if units < 0 else int(units)}
         row |= {"searches": int(here.sum()), "points": len(loss)}
         for name, x in (("loss", loss), ("index", index)):
             low, high = (x.min(), x.max()) if len(x) else (np.nan, np.nan)
@@ -301,5 +302,6 @@ def _draw(path: pathlib.Path, points, found, best) -> None:
             median = np.median(run["losses"], axis=0)
             axes[1].plot(median, color=colour, label=f"{name}, {run['rate']:.2g}")
         axes[1].set(xlabel="steps", ylabel="training loss", yscale="log")
+        axes[1].set_ylim(top=50.0)
         axes[1].set_title("training, best learning rates")
-        axes[1].legend(frameon=False)
+        axes[1].legend(frameon=False, loc="upper right")

@@ -199,7 +199,7 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
         slug = "".join(c if c.isalnum() else "-" for c in name)
         start = None
         if variant.teacher is not None:
-            path = out / "imitation.npz"
+            path = out / f"{slug}-imitation.npz"
             start = train(imitation(variant, size), path, f"{name}, imitation").theta
         run = train(plan(variant, size), out / f"{slug}.npz", name, start=start)
         found[name] = tested(run.theta, size)

@@ -46,7 +46,7 @@ def check_learner(learner: Learner) -> None:
 
 def _check_step(learner, theta, data):
     key = jax.random.key(1)
-    length = draw_length(learner.horizon, 1, key)
+    length = draw_length(learner.horizon, 1, key, step=0)
     reset = jax.jit(lambda theta: learner.reset(theta, data, key, length=length))
     state = reset(theta)
     shapes = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), x.dtype), tree)
