@@ -86,7 +86,7 @@ def start(
 
     def one_task(task):
         length_key, reset_key = jax.random.split(task["key"])
-        length = draw_length(learner.horizon, window, length_key)
+        length = draw_length(learner.horizon, window, length_key, step=0)
         length = stagger(task["index"], length, window, learner)
         state = learner.reset(theta, data, reset_key, length=length)
         count = jnp.int32(0) if isinstance(learner.horizon, Growing) else ()
