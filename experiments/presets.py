@@ -261,7 +261,7 @@ META_TRAIN = {
         _digits_pes,
     ),
     "imitate-adam": Preset(
-        "the same network, fitted to the updates of Adam; weights for --start; minutes",
+        "that of small-fc, fitted to the updates of Adam: weights to --start it from; minutes",
         _imitate_adam,
     ),
     "images-pes": Preset(
