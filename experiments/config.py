@@ -162,6 +162,8 @@ class MetaTrain(Training):
         ours = learners(self.estimator)[0].optimizer
         if rule != ours:
             changes = list(differences(to_config(rule), to_config(ours)))
+            if type(rule) is not type(ours):
+                changes = changes[:1]
             raise ValueError(
                 f"start={self.start!r} holds weights of another rule: "
                 f"{'; '.join(changes)}. Choose the options of the optimizer alike."

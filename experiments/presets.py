@@ -261,7 +261,7 @@ META_TRAIN = {
         _digits_pes,
     ),
     "imitate-adam": Preset(
-        "that of small-fc, fitted to the updates of Adam: weights to --start it from; minutes",
+        "SmallFC fitted to the updates of Adam: weights to --start small-fc; minutes",
         _imitate_adam,
     ),
     "images-pes": Preset(

@@ -377,7 +377,7 @@ def test_a_run_starts_from_weights(finished, tmp_path, capsys):
     capsys.readouterr()
     for wrong, message in (
         (tmp_path / "none", f"start='{tmp_path / 'none'}': name_or_path must be"),
-        ("digits-small-fc", 'another rule: type: "SmallFC" there, "Hyper" here'),
+        ("digits-small-fc", 'rule: type: "SmallFC" there, "Hyper" here. Choose'),
     ):
         assert start("--out", tmp_path / "b", "--start", wrong) == 1
         assert message in capsys.readouterr().err
