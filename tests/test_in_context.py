@@ -54,6 +54,15 @@ def test_tokens_have_the_promised_shape_and_hide_the_last_target(layout, n, d, o
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_a_batch_is_its_sequences(model):
+    tokens = jax.random.normal(jax.random.key(0), (3, 6, 4))
+    params = model.init(jax.random.key(1), tokens[0], 2)
+    got = model.apply_batch(params, tokens)
+    expected = jnp.stack([model.apply(params, one) for one in tokens])
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_outputs_do_not_depend_on_later_tokens(model):
     tokens = jax.random.normal(jax.random.key(0), (6, 3))
     params = model.init(jax.random.key(1), tokens, 2)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from metaopt import validate
+from metaopt.fewshot.accumulation import block_size, mean_in_blocks
 from metaopt.fewshot.episodes import FunctionFamily, draw_episode
 from metaopt.fewshot.growth import Growth, Staged
 from metaopt.fewshot.layouts import Interleaved, Layout
@@ -57,6 +58,8 @@ class InContext:
         batch_size: prompts of a step.
         points: how many points of a prompt count in the course of meta-training, under
             the estimator `Curriculum`; None for all of them from the beginning.
+        block: prompts whose activations are kept at a time, a divisor of `batch_size`;
+            None as for `mean_in_blocks`.
 
     References:
         Garg et al., 2022, https://arxiv.org/abs/2208.01066; Akyurek et al., 2023,
@@ -69,12 +72,15 @@ class InContext:
     layout: Layout = dataclasses.field(default_factory=Interleaved)
     batch_size: int = 64
     points: Growth | None = None
+    block: int | None = None
 
     def __post_init__(self):
         validate.instance("family", self.family, FunctionFamily, "Linear()")
         validate.instance("model", self.model, SequenceModel, "Transformer()")
         validate.instance("layout", self.layout, Layout, "Interleaved()")
         validate.integer("batch_size", self.batch_size)
+        if self.block is not None:
+            block_size(self.batch_size, self.block)
         if self.points is not None:
             validate.instance("points", self.points, Growth, "Growth(11, 2, 2000)")
             if not self.layout.causal:
@@ -139,12 +145,15 @@ class InContext:
     def step(self, theta, state, data, key):
         """Predicts; see `Learner`."""
         del data, key
-        if isinstance(state, Shown):
-            losses = self.losses(theta, state.points)
+        everything = not isinstance(state, Shown)
+        points, number = (state, self.num_points) if everything else state
+
+        def mean(theta, points, number):
+            losses = self.losses(theta, points)
             index = jnp.arange(self.num_points)[-losses.shape[1] :]
-            loss = jnp.mean(losses, where=index < state.number)
-            return state, StepOut(loss, jnp.float32(1.0))
-        loss = jnp.mean(self.losses(theta, state))
+            return jnp.mean(losses, where=index < number)
+
+        loss = mean_in_blocks(mean, theta, points, number, block=self.block)
         return state, StepOut(loss, jnp.float32(1.0))
 
     def losses(self, theta: chex.ArrayTree, points: Points) -> jax.Array:
@@ -152,7 +161,9 @@ class InContext:
 
         Column `k - i` is that of point `n - i`, for `n` points.
         """
-        predictions = jax.vmap(lambda p: self.predict(theta, p.x, p.y))(points)
+        tokens = jax.vmap(self.layout.tokens)(*points)
+        outputs = self.model.apply_batch(theta, tokens, causal=self.layout.causal)
+        predictions = jax.vmap(self.layout.read)(outputs)
         y = points.y[:, -predictions.shape[1] :]
         if self.family.classes:
             return optax.losses.softmax_cross_entropy(predictions, y)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from metaopt import validate
+from metaopt.fewshot.accumulation import block_size, mean_in_blocks
 from metaopt.fewshot.sequence_model import SequenceModel
 from metaopt.learner import StepOut
 
@@ -58,16 +59,21 @@ class NextToken:
         source: where the sequences come from.
         model: reads the tokens, one-hot.
         batch_size: sequences of a step.
+        block: sequences whose activations are kept at a time, a divisor of
+            `batch_size`; None as for `mean_in_blocks`.
     """
 
     source: TokenSource
     model: SequenceModel
     batch_size: int = 64
+    block: int | None = None
 
     def __post_init__(self):
         validate.instance("source", self.source, TokenSource, "RepeatedBlocks()")
         validate.instance("model", self.model, SequenceModel, "Transformer()")
         validate.integer("batch_size", self.batch_size)
+        if self.block is not None:
+            block_size(self.batch_size, self.block)
 
     @property
     def horizon(self) -> int:
@@ -92,11 +98,13 @@ class NextToken:
     def step(self, theta, state, data, key):
         """Predicts; see `Learner`."""
         del data, key
-        return state, StepOut(jnp.mean(self.losses(theta, state)), jnp.float32(1.0))
+        mean = lambda theta, tokens, _: jnp.mean(self.losses(theta, tokens))
+        loss = mean_in_blocks(mean, theta, state, block=self.block)
+        return state, StepOut(loss, jnp.float32(1.0))
 
     def losses(self, theta: chex.ArrayTree, tokens: jax.Array) -> jax.Array:
         """Returns the cross-entropy of every token but the first, `[batch, n - 1]`."""
-        logits = jax.vmap(lambda t: self.predict(theta, t))(tokens[:, :-1])
+        logits = self.model.apply_batch(theta, self.encode(tokens[:, :-1]))
         return optax.losses.softmax_cross_entropy_with_integer_labels(
             logits, tokens[:, 1:]
         )

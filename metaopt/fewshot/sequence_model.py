@@ -40,6 +40,18 @@ class SequenceModel(abc.ABC):
                 if it has no other mode than the one asked for.
         """
 
+    def apply_batch(
+        self, params: chex.ArrayTree, tokens: jax.Array, *, causal: bool = True
+    ) -> jax.Array:
+        """Computes the outputs of a batch, `[batch, length, outputs]`; see `apply`.
+
+        Args:
+            params: what `init` drew.
+            tokens: `[batch, length, width]`.
+            causal: see `apply`.
+        """
+        return jax.vmap(lambda t: self.apply(params, t, causal=causal))(tokens)
+
     @abc.abstractmethod
     def state_size(self, length: int) -> int:
         """Returns how many numbers the model remembers of `length` tokens.

@@ -116,6 +116,9 @@ class Transformer(SequenceModel):
         }
 
     def apply(self, params, tokens, *, causal=True):
+        return self.apply_batch(params, tokens[None], causal=causal)[0]
+
+    def apply_batch(self, params, tokens, *, causal=True):
         block = lambda x, p: (self._block(p, x, causal)[0], None)
         first = self._embed(params, tokens)
         x, _ = jax.lax.scan(block, first, params["blocks"], unroll=_UNROLL)
@@ -130,13 +133,14 @@ class Transformer(SequenceModel):
             after, attention = self._block(p, x, causal)
             return after, (after, attention)
 
-        first = self._embed(params, tokens)
+        first = self._embed(params, tokens[None])
         last, (after, attention) = jax.lax.scan(block, first, params["blocks"])
-        residual = jnp.concatenate([first[None], after])
-        return self._unembed(params, last), Activations(residual, attention)
+        residual = jnp.concatenate([first[None], after])[:, 0]
+        outputs = self._unembed(params, last)[0]
+        return outputs, Activations(residual, attention[:, 0])
 
     def _embed(self, params, tokens):
-        longest, length = params["positions"].shape[0], tokens.shape[0]
+        longest, length = params["positions"].shape[0], tokens.shape[-2]
         if length > longest:
             raise ValueError(
                 f"tokens must be at most the {longest} that the model was initialised "
@@ -158,19 +162,21 @@ class Transformer(SequenceModel):
         return x, attention
 
     def _attend(self, p, x, causal):
-        length, size = x.shape[0], self.width // self.heads
+        batch, length, _ = x.shape
         qkv = _affine(p["qkv"], _normalise(p["attention_norm"], x))
-        q, k, v = jnp.moveaxis(qkv.reshape(length, 3, self.heads, size), 1, 0)
+        qkv = qkv.reshape(batch, length, 3, self.heads, self.width // self.heads)
+        q, k, v = jnp.moveaxis(qkv, 2, 0)
         if self.smeared_keys:
             share = jax.nn.sigmoid(p["smear"]).astype(k.dtype)[:, None]
-            before = jnp.concatenate([k[:1], k[:-1]])
+            before = jnp.concatenate([k[:, :1], k[:, :-1]], axis=1)
             k = share * k + (1 - share) * before
-        scores = jnp.einsum("qhd,khd->hqk", q, k).astype(jnp.float32) / size**0.5
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32)
+        scores /= q.shape[-1] ** 0.5
         if causal:
             scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
         attention = jax.nn.softmax(scores)
-        mixed = jnp.einsum("hqk,khd->qhd", attention.astype(v.dtype), v)
-        return _affine(p["attention_out"], mixed.reshape(length, -1)), attention
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", attention.astype(v.dtype), v)
+        return _affine(p["attention_out"], mixed.reshape(x.shape)), attention
 
 
 def _linear(w: jax.Array) -> dict[str, jax.Array]:
@@ -178,7 +184,9 @@ def _linear(w: jax.Array) -> dict[str, jax.Array]:
 
 
 def _affine(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    return x @ p["w"].astype(x.dtype) + p["b"].astype(x.dtype)
+    # As one matrix: for the gradient of `w` XLA would copy what has two axes of rows.
+    y = x.reshape(-1, x.shape[-1]) @ p["w"].astype(x.dtype) + p["b"].astype(x.dtype)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _norm_params(*shape: int) -> dict[str, jax.Array]:
