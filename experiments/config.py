@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import chex
+import jax
 import optax
 
 from experiments.run import differences
@@ -22,9 +23,10 @@ from metaopt.fewshot import InContext
 from metaopt.imitate import Imitate
 from metaopt.learner import TrainTask, longest
 from metaopt.optimizers.fixed import check_arguments, factory
-from metaopt.registry import to_config
+from metaopt.registry import COMPONENTS, to_config
 from metaopt.secant import SecantPenalty
-from metaopt.weights import load_with_info
+from metaopt.weights import load_weights, load_with_info
+from tasks.function_families import CLASSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,15 +162,18 @@ class MetaTrain(Training):
         except (OSError, ValueError) as error:
             raise ValueError(f"start={self.start!r}: {error}") from error
         ours = learners(self.estimator)[0].optimizer
-        if rule != ours:
-            changes = list(differences(to_config(rule), to_config(ours)))
-            if type(rule) is not type(ours):
-                changes = changes[:1]
+        if changes := _changes(rule, ours):
             raise ValueError(
                 f"start={self.start!r} holds weights of another rule: "
                 f"{'; '.join(changes)}. Choose the options of the optimizer alike."
             )
         return theta
+
+
+def _changes(there: Any, here: Any) -> list[str]:
+    """Returns the fields in which two components differ, or that their classes do."""
+    changes = list(differences(to_config(there), to_config(here)))
+    return changes if type(there) is type(here) else changes[:1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,9 +203,12 @@ class TrainInContext(Training):
     """Trains a sequence model to learn from the examples in its context.
 
     Attributes:
+        start: a file of theta that a run of another family, of other rates or of fewer
+            steps has left, to start from; None to draw it.
         evaluation: the comparison at the end.
     """
 
+    start: str | None = None
     evaluation: FewShotEvaluation = FewShotEvaluation()
 
     def __post_init__(self):
@@ -213,6 +221,39 @@ class TrainInContext(Training):
                 f"got {max(asked)} of {trained}."
             )
 
+    def first_theta(self) -> chex.ArrayTree | None:
+        """Returns what the file `start` holds, None for nothing.
+
+        Raises:
+            ValueError: if there is no such file, or it belongs to another model, with
+                every setting and shape that differs.
+        """
+        if self.start is None:
+            return None
+        try:
+            before, theta = load_weights(self.start, classes=COMPONENTS | CLASSES)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"start={self.start!r}: {error}") from error
+        ours = self.learner
+        if not isinstance(before, InContext):
+            raise ValueError(
+                f"start={self.start!r} must hold a model that `in-context` trained, "
+                f"got a {type(before).__name__}."
+            )
+        new = jax.eval_shape(ours.init_theta, jax.random.key(0))
+        changes = [
+            *_changes(before.layout, ours.layout),
+            *_changes(before.model, ours.model),
+            *differences(_shapes(theta), _shapes(new)),
+        ]
+        if changes:
+            raise ValueError(
+                f"start={self.start!r} holds theta of another model: "
+                f"{'; '.join(changes)}. Choose model, layout, inputs and number of "
+                "examples alike."
+            )
+        return theta
+
     @property
     def learner(self) -> InContext:
         """What is trained."""
@@ -223,6 +264,12 @@ class TrainInContext(Training):
             raise ValueError("estimator must train one learner, got a mixture.")
         assert isinstance(learner, InContext)
         return learner
+
+
+def _shapes(theta: chex.ArrayTree) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(theta)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name(path): str(leaf.shape) for path, leaf in leaves}
 
 
 def parts(estimator: GradientEstimator) -> tuple[OverTasks, ...]:

@@ -15,9 +15,9 @@ from experiments.compare_fewshot_presets import COMPARE_FEWSHOT
 from experiments.fewshot_contenders import LEARNERS, best_rate, plan
 from metaopt import checkpoint
 from metaopt.fewshot import InContext, Network, TrainFromScratch
-from metaopt.optimizers import Hyper
+from metaopt.optimizers import Fixed, Hyper
 from metaopt.registry import COMPONENTS, to_config
-from metaopt.weights import load_weights
+from metaopt.weights import load_weights, save_weights
 from tasks.function_families import CLASSES, family
 from tests.test_experiments import ROOT, metric_steps, wait_for
 
@@ -47,6 +47,30 @@ def finished(tmp_path_factory):
 def theta_of(folder):
     classes = COMPONENTS | CLASSES
     return load_weights(folder / "theta.safetensors", classes=classes)
+
+
+def test_a_run_starts_from_the_theta_of_another(finished, tmp_path, capsys):
+    weights = finished / "theta.safetensors"
+    # A step so small that theta stays.
+    words = ["--outer.learning-rate", 1e-12, "--num-steps", 1, "--start", weights]
+    assert in_context("--out", tmp_path / "a", *words) == 0
+    theta = theta_of(tmp_path / "a")[1]
+    jax.tree.map(np.testing.assert_allclose, theta, theta_of(finished)[1])
+    optimizer = tmp_path / "adam.safetensors"
+    save_weights(optimizer, (), Fixed("adam"))
+    capsys.readouterr()
+    for wrong, message in (
+        (["--start", tmp_path / "none"], "none': [Errno 2] No such file"),
+        (["--start", optimizer], "must hold a model that `in-context` trained, got a"),
+        (["--estimator.learner.model.heads", 1], "heads: 8 there, 1 here. Choose"),
+        (
+            ["--estimator.learner.family.dim", 2],
+            'embed/w: "(4, 8)" there, "(3, 8)" here. Choose model',
+        ),
+    ):
+        assert in_context("--out", tmp_path / "b", *words, *wrong) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "b").exists()
 
 
 def test_a_run_leaves_everything_behind(finished):
