@@ -64,8 +64,8 @@ def test_a_run_starts_from_the_theta_of_another(finished, tmp_path, capsys):
         (["--start", optimizer], "must hold a model that `in-context` trained, got a"),
         (["--estimator.learner.model.heads", 1], "heads: 8 there, 1 here. Choose"),
         (
-            ["--estimator.learner.family.dim", 2],
-            'embed/w: "(4, 8)" there, "(3, 8)" here. Choose model',
+            ["--estimator.learner.family.num-examples", 4],
+            'positions: "(7, 8)" there, "(9, 8)" here. Choose model',
         ),
     ):
         assert in_context("--out", tmp_path / "b", *words, *wrong) == 1
