@@ -203,8 +203,9 @@ class TrainInContext(Training):
     """Trains a sequence model to learn from the examples in its context.
 
     Attributes:
-        start: a file of theta that a run of another family, of other rates or of fewer
-            steps has left, to start from; None to draw it.
+        start: `theta.safetensors` of another such run to start from; model, layout,
+            numbers of inputs, outputs and examples must be alike, the rest may differ.
+            None to draw theta. What has a checkpoint goes on from that.
         evaluation: the comparison at the end.
     """
 
@@ -242,9 +243,9 @@ class TrainInContext(Training):
             )
         new = jax.eval_shape(ours.init_theta, jax.random.key(0))
         changes = [
-            *_changes(before.layout, ours.layout),
-            *_changes(before.model, ours.model),
-            *differences(_shapes(theta), _shapes(new)),
+            *(f"layout.{x}" for x in _changes(before.layout, ours.layout)),
+            *(f"model.{x}" for x in _changes(before.model, ours.model)),
+            *(f"theta.{x}" for x in differences(_shapes(theta), _shapes(new))),
         ]
         if changes:
             raise ValueError(

@@ -62,10 +62,13 @@ def test_a_run_starts_from_the_theta_of_another(finished, tmp_path, capsys):
     for wrong, message in (
         (["--start", tmp_path / "none"], "none': [Errno 2] No such file"),
         (["--start", optimizer], "must hold a model that `in-context` trained, got a"),
-        (["--estimator.learner.model.heads", 1], "heads: 8 there, 1 here. Choose"),
+        (
+            ["--estimator.learner.model.heads", 1],
+            "model.heads: 8 there, 1 here. Choose",
+        ),
         (
             ["--estimator.learner.family.num-examples", 4],
-            'positions: "(7, 8)" there, "(9, 8)" here. Choose model',
+            'theta.positions: "(7, 8)" there, "(9, 8)" here. Choose model',
         ),
     ):
         assert in_context("--out", tmp_path / "b", *words, *wrong) == 1

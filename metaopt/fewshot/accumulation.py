@@ -27,12 +27,14 @@ def mean_in_blocks(
     For a loss that is a mean over its examples this is the loss of the batch, and so is
     its gradient; the activations of one block only are kept at a time. Value and
     gradient in `theta` are computed together, block by block, so that nothing is
-    computed twice. Reverse mode only, of any order; all else is constant.
+    computed twice. All but `theta` counts as constant. In more than one block there is
+    reverse mode only, of any order, and a `jax.shard_map` around it needs
+    `check_vma=False`.
 
     Args:
         loss: gives `[]` from `theta`, some examples and `shared`; it must not close
             over traced arrays.
-        theta: what is differentiated in.
+        theta: what is differentiated in, floating-point leaves.
         batch: pytree whose leaves have a leading axis of examples.
         shared: pytree that every block sees whole.
         block: examples of a block, a divisor of those of the batch; None for the
@@ -43,8 +45,10 @@ def mean_in_blocks(
         The mean, `[]`.
 
     Raises:
-        ValueError: if the batch is not a multiple of `block`.
+        TypeError, ValueError: if `block` is no positive integer, or does not divide the
+            batch.
     """
+    batch, shared = jax.lax.stop_gradient((batch, shared))
     examples = jax.tree.leaves(batch)[0].shape[0]
     size = block_size(examples, block)
     if size == examples:
@@ -57,23 +61,28 @@ def mean_in_blocks(
         return jnp.mean(jax.lax.map(lambda one: loss(theta, one, shared), blocks))
 
     def forward(theta, blocks, shared):
-        def add(total, one):
-            found = jax.value_and_grad(loss)(theta, one, shared)
-            return jax.tree.map(jnp.add, total, found), None
+        take = jax.value_and_grad(loss)
 
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, theta))
-        total, _ = jax.lax.scan(add, zero, blocks)
-        return jax.tree.map(lambda x: x / number, total)
+        def add(total, one):
+            return jax.tree.map(jnp.add, total, take(theta, one, shared)), None
+
+        # Sums in float32 at least, whatever is summed.
+        first = jax.tree.map(lambda x: x[0], blocks)
+        like = jax.eval_shape(take, theta, first, shared)
+        wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+        total, _ = jax.lax.scan(add, jax.tree.map(wide, like), blocks)
+        return jax.tree.map(lambda x, y: (x / number).astype(y.dtype), total, like)
 
     def backward(grad, factor):
-        return jax.tree.map(lambda g: factor * g, grad), None, None
+        grad = jax.tree.map(lambda g: (factor * g).astype(g.dtype), grad)
+        return grad, None, None
 
     mean.defvjp(forward, backward)
     return mean(theta, blocks, shared)
 
 
 def block_size(examples: int, block: int | None) -> int:
-    """Returns the examples of a block, see `mean_in_blocks`."""
+    """Returns the examples of a block; takes and raises what `mean_in_blocks` does."""
     if block is None:
         common = math.gcd(examples, _CPU_BLOCK)
         small = jax.default_backend() == "cpu" and common >= _FEWEST
@@ -81,7 +90,7 @@ def block_size(examples: int, block: int | None) -> int:
     validate.integer("block", block)
     if examples % block:
         raise ValueError(
-            "block must divide the examples of a step, got "
-            f"block={block} and {examples} examples."
+            "block must divide the number of examples of a batch, got "
+            f"block={block} and {examples} in a batch."
         )
     return block

@@ -59,7 +59,8 @@ class InContext:
         points: how many points of a prompt count in the course of meta-training, under
             the estimator `Curriculum`; None for all of them from the beginning.
         block: prompts whose activations are kept at a time, a divisor of `batch_size`;
-            None as for `mean_in_blocks`.
+            None for 8 or 4 on a CPU, if they divide it, else for all. In more than one
+            block `step` can be differentiated in theta only, and in reverse mode.
 
     References:
         Garg et al., 2022, https://arxiv.org/abs/2208.01066; Akyurek et al., 2023,
@@ -145,12 +146,12 @@ class InContext:
     def step(self, theta, state, data, key):
         """Predicts; see `Learner`."""
         del data, key
-        everything = not isinstance(state, Shown)
-        points, number = (state, self.num_points) if everything else state
+        length = (state.points if isinstance(state, Shown) else state).y.shape[1]
+        points, number = state if isinstance(state, Shown) else (state, length)
 
         def mean(theta, points, number):
             losses = self.losses(theta, points)
-            index = jnp.arange(self.num_points)[-losses.shape[1] :]
+            index = jnp.arange(length - losses.shape[1], length)
             return jnp.mean(losses, where=index < number)
 
         loss = mean_in_blocks(mean, theta, points, number, block=self.block)

@@ -60,7 +60,7 @@ class NextToken:
         model: reads the tokens, one-hot.
         batch_size: sequences of a step.
         block: sequences whose activations are kept at a time, a divisor of
-            `batch_size`; None as for `mean_in_blocks`.
+            `batch_size`; see `InContext`.
     """
 
     source: TokenSource

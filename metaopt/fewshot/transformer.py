@@ -186,7 +186,7 @@ def _linear(w: jax.Array) -> dict[str, jax.Array]:
 def _affine(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     # As one matrix: for the gradient of `w` XLA would copy what has two axes of rows.
     y = x.reshape(-1, x.shape[-1]) @ p["w"].astype(x.dtype) + p["b"].astype(x.dtype)
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _norm_params(*shape: int) -> dict[str, jax.Array]:
