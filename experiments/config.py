@@ -5,10 +5,9 @@ import math
 from typing import Any
 
 import chex
-import jax
 import optax
 
-from experiments.run import differences
+from experiments.start import theta_of_model, theta_of_rule
 from metaopt import validate
 from metaopt.estimators import (
     Curriculum,
@@ -23,10 +22,7 @@ from metaopt.fewshot import InContext
 from metaopt.imitate import Imitate
 from metaopt.learner import TrainTask, longest
 from metaopt.optimizers.fixed import check_arguments, factory
-from metaopt.registry import COMPONENTS, to_config
 from metaopt.secant import SecantPenalty
-from metaopt.weights import load_weights, load_with_info
-from tasks.function_families import CLASSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,31 +145,10 @@ class MetaTrain(Training):
         super().__post_init__()
 
     def first_theta(self) -> chex.ArrayTree | None:
-        """Returns what `start` names, None for nothing.
-
-        Raises:
-            ValueError: if there are no such weights, or they belong to another rule,
-                with every setting that differs.
-        """
+        """Returns what `start` names, None for nothing; see `theta_of_rule`."""
         if self.start is None:
             return None
-        try:
-            rule, theta, _ = load_with_info(self.start)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"start={self.start!r}: {error}") from error
-        ours = learners(self.estimator)[0].optimizer
-        if changes := _changes(rule, ours):
-            raise ValueError(
-                f"start={self.start!r} holds weights of another rule: "
-                f"{'; '.join(changes)}. Choose the options of the optimizer alike."
-            )
-        return theta
-
-
-def _changes(there: Any, here: Any) -> list[str]:
-    """Returns the fields in which two components differ, or that their classes do."""
-    changes = list(differences(to_config(there), to_config(here)))
-    return changes if type(there) is type(here) else changes[:1]
+        return theta_of_rule(self.start, learners(self.estimator)[0].optimizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,37 +198,10 @@ class TrainInContext(Training):
             )
 
     def first_theta(self) -> chex.ArrayTree | None:
-        """Returns what the file `start` holds, None for nothing.
-
-        Raises:
-            ValueError: if there is no such file, or it belongs to another model, with
-                every setting and shape that differs.
-        """
+        """Returns what `start` holds, None for nothing; see `theta_of_model`."""
         if self.start is None:
             return None
-        try:
-            before, theta = load_weights(self.start, classes=COMPONENTS | CLASSES)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"start={self.start!r}: {error}") from error
-        ours = self.learner
-        if not isinstance(before, InContext):
-            raise ValueError(
-                f"start={self.start!r} must hold a model that `in-context` trained, "
-                f"got a {type(before).__name__}."
-            )
-        new = jax.eval_shape(ours.init_theta, jax.random.key(0))
-        changes = [
-            *(f"layout.{x}" for x in _changes(before.layout, ours.layout)),
-            *(f"model.{x}" for x in _changes(before.model, ours.model)),
-            *(f"theta.{x}" for x in differences(_shapes(theta), _shapes(new))),
-        ]
-        if changes:
-            raise ValueError(
-                f"start={self.start!r} holds theta of another model: "
-                f"{'; '.join(changes)}. Choose model, layout, inputs and number of "
-                "examples alike."
-            )
-        return theta
+        return theta_of_model(self.start, self.learner)
 
     @property
     def learner(self) -> InContext:
@@ -265,12 +213,6 @@ class TrainInContext(Training):
             raise ValueError("estimator must train one learner, got a mixture.")
         assert isinstance(learner, InContext)
         return learner
-
-
-def _shapes(theta: chex.ArrayTree) -> dict[str, str]:
-    leaves = jax.tree_util.tree_leaves_with_path(theta)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return {name(path): str(leaf.shape) for path, leaf in leaves}
 
 
 def parts(estimator: GradientEstimator) -> tuple[OverTasks, ...]:
