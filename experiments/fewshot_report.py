@@ -89,6 +89,9 @@ def evaluate(
     for name, variant in {"as trained": family, **unseen(family)}.items():
         wanted = evaluation.num_examples or spread(family.num_examples)
         counts = [n for n in wanted if n <= variant.num_examples]
+        if not counts:
+            print(f"Left out: {name}, of {variant.num_examples} examples at most.")
+            continue
         classical = rivals(variant)
         episodes = {"num_episodes": evaluation.num_episodes, "data": data}
         predictors = {TRAINED: learner.predictor(theta), **classical.traced}

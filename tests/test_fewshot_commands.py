@@ -56,6 +56,13 @@ def test_a_run_starts_from_the_theta_of_another(finished, tmp_path, capsys):
     assert in_context("--out", tmp_path / "a", *words) == 0
     theta = theta_of(tmp_path / "a")[1]
     jax.tree.map(np.testing.assert_allclose, theta, theta_of(finished)[1])
+    other = [*TINY.split(), *map(str, words), "--out", str(tmp_path / "c")]
+    assert main(["in-context", "noisy-linear", *other]) == 0
+    # Its directions are two, and what is asked for is the error after three examples.
+    assert "Left out: orthogonal question, of 2" in capsys.readouterr().out
+    learner, theta = theta_of(tmp_path / "c")
+    assert learner.family.noise > 0
+    jax.tree.map(np.testing.assert_allclose, theta, theta_of(finished)[1])
     optimizer = tmp_path / "adam.safetensors"
     save_weights(optimizer, (), Fixed("adam"))
     capsys.readouterr()
