@@ -1,6 +1,8 @@
 """Choosing by name, and the two kinds of error that end a command without a trace."""
 
+import argparse
 import difflib
+import importlib.util
 from collections.abc import Iterable, Mapping
 
 
@@ -10,6 +12,21 @@ class UsageError(Exception):
 
 class CommandError(Exception):
     """The command failed for a reason outside of the program; the message says why."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError for what it cannot parse, instead of ending the program."""
+
+    def error(self, message):
+        raise UsageError(f"{message}. See {self.prog} --help.")
+
+
+def check_matplotlib() -> None:
+    """Raises UsageError without matplotlib, before hours of work for its report."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "The report needs matplotlib: pip install 'metaopt-jax[experiments]'."
+        )
 
 
 def check_choice(kind: str, name: str, options: Iterable[str]) -> None:

@@ -1,7 +1,6 @@
 """The command `stability`: examines an optimizer before a long run."""
 
 import argparse
-import importlib.util
 import pathlib
 import shlex
 import sys
@@ -10,7 +9,7 @@ import traceback
 from typing import Any
 
 from experiments import backend
-from experiments.console import UsageError
+from experiments.console import Parser, UsageError, check_matplotlib
 
 _COMMAND = "python -m experiments stability"
 # 0, 1 and 2 are verdicts; what is none of them must not look like one.
@@ -25,14 +24,9 @@ An interrupted run goes on when it is started again with the same --out.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(f"{message}. See {_COMMAND} --help.")
-
-
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
-    made = _Parser(
+    made = Parser(
         prog=_COMMAND,
         description="Tells whether an optimizer can be trusted before a long run.",
         epilog=_EPILOG,
@@ -75,10 +69,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace, command: str) -> int:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "The report needs matplotlib: pip install 'metaopt-jax[experiments]'."
-        )
+    check_matplotlib()
     backend.prepare()
 
     import dataclasses

@@ -1,14 +1,19 @@
 """The command `compare`: tasks x optimizers x seeds, tuned alike; tables and a page."""
 
 import argparse
-import importlib.util
 import pathlib
 import shlex
 import sys
 from typing import Any
 
 from experiments import backend
-from experiments.console import CommandError, UsageError, check_choice
+from experiments.console import (
+    CommandError,
+    Parser,
+    UsageError,
+    check_choice,
+    check_matplotlib,
+)
 
 _COMMAND = "python -m experiments compare"
 
@@ -20,14 +25,9 @@ an interrupted comparison goes on when it is started again.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(f"{message}. See {_COMMAND} --help.")
-
-
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
-    made = _Parser(
+    made = Parser(
         prog=_COMMAND,
         description="Compares optimizers on many tasks, all tuned alike.",
         epilog=_EPILOG,
@@ -82,10 +82,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Runs `python -m experiments compare ...`."""
     options = parser().parse_args(arguments)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "The report needs matplotlib: pip install 'metaopt-jax[experiments]'."
-        )
+    check_matplotlib()
     backend.prepare()
     if options.list:
         return _list()
