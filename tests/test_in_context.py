@@ -1,5 +1,7 @@
 """Sequence models as learners: layouts, causality, losses and predictors."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,9 @@ MODELS = {
     "attention only": Transformer(layers=2, heads=2, width=8, widening=0),
     "smeared keys": Transformer(layers=1, heads=2, width=8, smeared_keys=True),
     "lstm": LSTM(width=8),
+    "lstm, token shift": LSTM(width=8, token_shift=True),
     "fast weights": FastWeights(width=8, heads=2),
+    "fast weights, token shift": FastWeights(width=8, heads=2, token_shift=True),
 }
 
 
@@ -86,6 +90,36 @@ def test_recurrent_models_read_in_turn(model):
     with pytest.raises(ValueError, match="causal must be True"):
         tokens = jnp.zeros((4, 3))
         model.apply(model.init(jax.random.key(0), tokens, 1), tokens, causal=False)
+
+
+@pytest.mark.parametrize("model", [LSTM(8), FastWeights(8, heads=2)])
+def test_token_shift_reads_the_token_before_as_well(model):
+    shifted = dataclasses.replace(model, token_shift=True)
+    tokens = jax.random.normal(jax.random.key(0), (5, 3))
+    params = shifted.init(jax.random.key(1), tokens, 2)
+    before = jnp.pad(tokens, ((1, 0), (0, 0)))[:-1]
+    expected = model.apply(params, jnp.concatenate([tokens, before], axis=1))
+    np.testing.assert_allclose(shifted.apply(params, tokens), expected, atol=1e-6)
+
+
+def test_a_window_is_all_that_a_head_sees():
+    tokens = jax.random.normal(jax.random.key(0), (6, 3))
+    model = Transformer(layers=1, heads=2, width=8, window=3)
+    params = model.init(jax.random.key(1), tokens, 2)
+    jacobian = jax.jacobian(lambda t: model.apply(params, t))(tokens)
+    influence = np.asarray(jnp.sum(jnp.abs(jacobian), axis=(1, 3)))
+    places = np.arange(6)
+    back = places[:, None] - places
+    np.testing.assert_array_equal(influence > 0, (back >= 0) & (back < 3))
+    assert (model.state_size(2), model.state_size(100)) == (2 * 8 * 2, 2 * 8 * 3)
+    wide, whole = (dataclasses.replace(model, window=n) for n in (6, None))
+    np.testing.assert_array_equal(
+        wide.apply(params, tokens), whole.apply(params, tokens)
+    )
+    with pytest.raises(ValueError, match="not causal, got 3"):
+        model.apply(params, tokens, causal=False)
+    with pytest.raises(ValueError, match="window"):
+        Transformer(window=0)
 
 
 def test_fast_weights_follow_the_equations():

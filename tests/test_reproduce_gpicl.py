@@ -15,7 +15,7 @@ from tasks.projected_images import ProjectedImages, RandomPairs
 
 TINY = gpicl.Scale(
     num_examples=6, layers=1, heads=2, width=8, batch_size=4, num_steps=4,
-    num_tasks=(None, 2),
+    num_tasks=(None, 2), windows=(3,), memories=(2,),
 )  # fmt: skip
 FAMILY = ProjectedImages(image_size=4, num_examples=30, num_queries=1, num_tasks=3)
 
@@ -105,16 +105,34 @@ def test_gpicl_through_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(gpicl, "SMALL", TINY)
     monkeypatch.setattr(gpicl_accuracy, "PROMPTS", 256)
     kept = gpicl.settings
-    monkeypatch.setattr(gpicl, "settings", lambda scale: kept(scale)[::5])
+    monkeypatch.setattr(gpicl, "settings", lambda scale: kept(scale)[::6])
     assert command.main(["gpicl", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     (rows,) = report["tables"].values()
     assert [row["model"] for row in rows] == [
         "transformer, any tasks",
-        "LSTM, any tasks",
+        "LSTM",
         "nearest neighbour",
     ]
     assert [row["state"] for row in rows[:2]] == [112, 16]
     assert rows[0]["phase"] == "fail" and rows[0]["plateau"] is None
     assert "data prepare mnist" in report["ours"]
     assert (tmp_path / "gpicl-digits.png").exists()
+
+
+def test_states_of_different_size_have_the_same_parameters():
+    learners = {name: learner for name, learner in gpicl.settings(gpicl.SMALL)}
+    count = lambda learner: sum(
+        x.size
+        for x in jax.tree.leaves(jax.eval_shape(learner.init_theta, jax.random.key(0)))
+    )
+    found = {name: (x.state_size, count(x)) for name, x in learners.items()}
+    memories = [x for name, x in found.items() if "matrices" in name]
+    assert [state for state, _ in memories] == [4160, 1088, 320, 128]
+    # Each matrix has one scale of what is written.
+    base = memories[0][1] - 1 * 129
+    assert [size - base for _, size in memories] == [n * 129 for n in (1, 4, 16, 64)]
+    windows = [x for name, x in found.items() if "sees" in name]
+    assert windows == [
+        (2 * 2 * 64 * seen, found["transformer, any tasks"][1]) for seen in (12, 4)
+    ]

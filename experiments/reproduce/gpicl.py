@@ -63,7 +63,7 @@ class Scale:
         image_size: side of the images.
         num_examples: examples before the last question.
         layers: blocks of the transformer.
-        heads: attention heads of a block, and matrices of the fast weights.
+        heads: attention heads of a block.
         width: residual stream of the transformer, state of the others.
         init_std: of the transformer.
         smeared_keys: of the transformer. With them one layer can look for the example
@@ -77,7 +77,9 @@ class Scale:
         project_probs: shares of free tasks in distributions biased towards one task.
         permute_labels_probs: shares of tasks with renamed classes in distributions
             biased towards one set of names.
-        recurrent: whether an LSTM and fast weights are trained too.
+        windows: how many tokens the heads of transformers with a smaller state see.
+        memories: numbers of matrices of the fast weights, whose state they divide at
+            the same number of parameters; if there are any, an LSTM is trained too.
     """
 
     dataset: str = "digits"
@@ -95,7 +97,8 @@ class Scale:
     num_tasks: tuple[int | None, ...] = (None, 4, 64)
     project_probs: tuple[float, ...] = (0.7,)
     permute_labels_probs: tuple[float, ...] = (0.3,)
-    recurrent: bool = True
+    windows: tuple[int, ...] = (12, 4)
+    memories: tuple[int, ...] = (1, 4, 16, 64)
 
 
 SMALL = Scale()
@@ -105,7 +108,8 @@ SMALL_MNIST = Scale(
     target_scale=14.0,
     num_tasks=(None, 4),
     project_probs=(),
-    recurrent=False,
+    windows=(),
+    memories=(),
 )
 FULL = Scale(
     image_size=None,
@@ -160,35 +164,39 @@ def settings(scale: Scale) -> list[Setting]:
         learner = InContext(changed, model, layout, batch_size=scale.batch_size)
         return Setting(name, learner)
 
-    counts = {f"{count or 'any'} tasks": count for count in scale.num_tasks}
-    return [
-        *(
-            setting(f"transformer, {name}", transformer, num_tasks=count)
-            for name, count in counts.items()
-        ),
-        *(
-            setting(
-                f"transformer, one task in {1 - p:.0%}", transformer, project_prob=p
-            )
-            for p in scale.project_probs
-        ),
-        *(
-            setting(
-                f"transformer, names kept in {1 - p:.0%}",
-                transformer,
-                permute_labels_prob=p,
-            )
-            for p in scale.permute_labels_probs
-        ),
-        *(
-            setting(f"{name}, any tasks", model)
-            for name, model in (
-                ("fast weights", FastWeights(scale.width, scale.heads)),
-                ("LSTM", LSTM(scale.width)),
-            )
-            if scale.recurrent
-        ),
+    made = [
+        setting(f"transformer, {count or 'any'} tasks", transformer, num_tasks=count)
+        for count in scale.num_tasks
     ]
+    made += [
+        setting(f"transformer, one task in {1 - p:.0%}", transformer, project_prob=p)
+        for p in scale.project_probs
+    ]
+    made += [
+        setting(
+            f"transformer, names kept in {1 - p:.0%}",
+            transformer,
+            permute_labels_prob=p,
+        )
+        for p in scale.permute_labels_probs
+    ]
+    made += [
+        setting(
+            f"transformer that sees {window} tokens",
+            dataclasses.replace(transformer, window=window),
+        )
+        for window in scale.windows
+    ]
+    made += [
+        setting(
+            f"fast weights, {heads} matrices",
+            FastWeights(scale.width, heads, token_shift=True),
+        )
+        for heads in scale.memories
+    ]
+    if scale.memories:
+        made.append(setting("LSTM", LSTM(scale.width, token_shift=True)))
+    return made
 
 
 def main(out: pathlib.Path, full: bool) -> dict[str, Any]:

@@ -19,6 +19,8 @@ class LSTM(SequenceModel):
 
     Attributes:
         width: length of what the first layer writes, and of the state.
+        token_shift: whether each step reads the token before as well; see
+            `FastWeights`.
 
     >>> model = LSTM(width=8)
     >>> params = model.init(jax.random.key(0), jnp.zeros((5, 3)), 2)
@@ -27,6 +29,7 @@ class LSTM(SequenceModel):
     """
 
     width: int = 64
+    token_shift: bool = False
 
     def __post_init__(self):
         validate.integer("width", self.width)
@@ -35,9 +38,10 @@ class LSTM(SequenceModel):
         return 2 * self.width
 
     def init(self, key, tokens, outputs):
+        features = (1 + self.token_shift) * tokens.shape[1]
         embed_key, cell_key, out_key = jax.random.split(key, 3)
         return {
-            "embed": _linear(embed_key, tokens.shape[1], self.width),
+            "embed": _linear(embed_key, features, self.width),
             "cell": _linear(cell_key, 2 * self.width, 4 * self.width),
             "unembed": _linear(out_key, self.width, outputs),
         }
@@ -54,7 +58,8 @@ class LSTM(SequenceModel):
             return (h, c), h
 
         zero = jnp.zeros(self.width)
-        _, h = jax.lax.scan(read, (zero, zero), _affine(params["embed"], tokens))
+        embedded = _embed(params["embed"], tokens, self.token_shift)
+        _, h = jax.lax.scan(read, (zero, zero), embedded)
         return _affine(params["unembed"], h)
 
 
@@ -70,7 +75,11 @@ class FastWeights(SequenceModel):
 
     Attributes:
         width: length of the embedding and of what is read from all heads together.
-        heads: matrices of the memory; a divisor of `width`.
+        heads: matrices of the memory; a divisor of `width`. More of them make a smaller
+            state of the same parameters, up to one per head.
+        token_shift: whether each step reads the token before as well (Peng et al.,
+            2023, https://arxiv.org/abs/2305.13048). In the layout `Shifted` an input
+            and its target, which comes one token later, then meet in one step.
 
     >>> model = FastWeights(width=8, heads=2)
     >>> params = model.init(jax.random.key(0), jnp.zeros((5, 3)), 2)
@@ -80,6 +89,7 @@ class FastWeights(SequenceModel):
 
     width: int = 64
     heads: int = 4
+    token_shift: bool = False
 
     def __post_init__(self):
         validate.integer("width", self.width)
@@ -94,9 +104,10 @@ class FastWeights(SequenceModel):
         return self.width**2 // self.heads + self.width
 
     def init(self, key, tokens, outputs):
+        features = (1 + self.token_shift) * tokens.shape[1]
         embed_key, cell_key, out_key = jax.random.split(key, 3)
         return {
-            "embed": _linear(embed_key, tokens.shape[1], self.width),
+            "embed": _linear(embed_key, features, self.width),
             # Per head: three pairs of keys, a query, an output gate, and the scale.
             "cell": _linear(cell_key, 2 * self.width, 8 * self.width + self.heads),
             "unembed": _linear(out_key, self.width, outputs),
@@ -120,7 +131,8 @@ class FastWeights(SequenceModel):
             return (h, memory), h
 
         start = jnp.zeros(self.width), jnp.zeros((heads, size, size))
-        _, h = jax.lax.scan(read, start, _affine(params["embed"], tokens))
+        embedded = _embed(params["embed"], tokens, self.token_shift)
+        _, h = jax.lax.scan(read, start, embedded)
         return _affine(params["unembed"], h)
 
 
@@ -130,6 +142,13 @@ def _check_causal(causal: bool) -> None:
             "causal must be True: a recurrent model reads the tokens in turn, got "
             "causal=False. Use a layout such as Shifted()."
         )
+
+
+def _embed(p: dict[str, jax.Array], tokens: jax.Array, shift: bool) -> jax.Array:
+    if shift:
+        before = jnp.concatenate([jnp.zeros_like(tokens[:1]), tokens[:-1]])
+        tokens = jnp.concatenate([tokens, before], axis=1)
+    return _affine(p, tokens)
 
 
 def _linear(key: jax.Array, inputs: int, outputs: int) -> dict[str, jax.Array]:
