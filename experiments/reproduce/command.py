@@ -11,6 +11,8 @@ from typing import Any
 from experiments import backend, console
 
 _COMMAND = "python -m experiments reproduce"
+# Of tables in files and pipes, which have no width of their own.
+_WIDTH = 140
 
 # Name -> (what `--help` says, the module whose `main(out, full)` gives the report).
 PAPERS = {
@@ -159,6 +161,8 @@ def _show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     screen = Console()
+    if not screen.is_terminal:
+        screen = Console(width=_WIDTH)
     for title, rows in report["tables"].items():
         table = Table(title=title)
         for column in rows[0] if rows else ():

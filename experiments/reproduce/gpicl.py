@@ -8,7 +8,6 @@ is smaller here stands at `Scale`.
 """
 
 import dataclasses
-import itertools
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ import numpy as np
 
 from experiments.config import Outer
 from experiments.reproduce.few_shot_training import FewShotTraining, train
-from experiments.reproduce.figure import COLOURS, figure
 from experiments.reproduce.gpicl_accuracy import (
     accuracy,
     ends_of,
@@ -28,6 +26,7 @@ from experiments.reproduce.gpicl_accuracy import (
     plateau,
     tests_of,
 )
+from experiments.reproduce.gpicl_plots import draw
 from metaopt.estimators import FullUnroll
 from metaopt.fewshot import (
     LSTM,
@@ -44,8 +43,8 @@ from tasks.projected_images import ProjectedImages
 CLAIM = (
     "With few tasks a transformer memorises or identifies them; with many it learns in "
     "context, also on tasks and images that it never saw. A plateau of the loss comes "
-    "before, which a bias towards one task shortens. The size of the state decides "
-    "what a model can learn: an LSTM fails."
+    "before, which a bias towards one task shortens. The size of the state, "
+    "not the number of parameters, decides what a model can learn."
 )
 PAPER = (
     "Trained on MNIST, 100 examples: the change comes at about 2^13 tasks; the last "
@@ -98,7 +97,7 @@ class Scale:
     project_probs: tuple[float, ...] = (0.7,)
     permute_labels_probs: tuple[float, ...] = (0.3,)
     windows: tuple[int, ...] = (12, 4)
-    memories: tuple[int, ...] = (1, 4, 16, 64)
+    memories: tuple[int, ...] = (4, 16, 64)
 
 
 SMALL = Scale()
@@ -122,6 +121,7 @@ FULL = Scale(
     num_steps=8000,
     learning_rate=1e-3,
     num_tasks=(4, 64, 256, 1024, 4096, 16_384, 65_536, None),
+    memories=(1, 4, 16, 64),
 )
 
 
@@ -229,7 +229,7 @@ def experiment(
         scale: the sizes.
         others: prepared datasets, the unseen base sets.
     """
-    rows, curves, losses = [], {}, {}
+    rows, curves, losses, states = [], {}, {}, {}
     base = family_of(scale)
     outer = Outer("adam", scale.learning_rate, warmup=min(200, scale.num_steps // 2))
     for name, learner in settings(scale):
@@ -252,9 +252,11 @@ def experiment(
         }
         curves[name] = found
         rows.append(row(name, learner, found, *losses[name]))
+        if learner.family == base:
+            states[name] = learner.state_size, rows[-1]["unseen tasks"] / 100
     rows.append({"model": "nearest neighbour", **dict.fromkeys(list(rows[0])[1:])})
     rows[-1] |= {"unseen tasks": 100 * nearest(base)}
-    draw(out.parent / f"gpicl-{scale.dataset}.png", curves, losses)
+    draw(out.parent / f"gpicl-{scale.dataset}.png", curves, losses, states)
     return rows
 
 
@@ -290,26 +292,3 @@ def summary(rows: list[dict[str, Any]]) -> str:
         if r["phase"]
     ]
     return "; ".join(parts) + "."
-
-
-def draw(
-    path: pathlib.Path,
-    curves: dict[str, dict[str, np.ndarray]],
-    losses: dict[str, tuple[np.ndarray, np.ndarray]],
-) -> None:
-    """Plots accuracy over the context and the loss over meta-training."""
-    # More settings than colours: the last ones start again.
-    colours = itertools.cycle(COLOURS)
-    with figure(path, 1, 3, panel=(5.5, 4)) as (seen, unseen, training):
-        for (name, found), colour in zip(curves.items(), colours, strict=False):
-            for axis, test in ((seen, "seen"), (unseen, "unseen")):
-                axis.plot(found[test], color=colour, label=name)
-            training.plot(*losses[name], color=colour, label=name)
-        for axis, title in ((seen, "seen tasks"), (unseen, "unseen tasks and images")):
-            axis.set(title=title, xlabel="examples before", ylabel="accuracy")
-            axis.set(ylim=(0, 1))
-        training.set(xlabel="outer step", ylabel="loss")
-        training.set(title="own tasks; free ones of biased distributions")
-        training.legend(
-            frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
-        )
