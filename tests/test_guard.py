@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt.stability import guard, guard_report
+from metaopt.stability import guard, guard_report, online_guard
 from metaopt.stability.coverage import fit_coverage, generic_features
 from metaopt.stability.faults import Fault, inject
 from metaopt.stability.guard_state import GuardState, Reason
@@ -251,3 +251,22 @@ def test_a_fresh_state_can_be_donated():
         donate_argnums=0,
     )
     assert int(step(tx.init(PARAMS)).step) == 1
+
+
+@pytest.mark.parametrize(
+    "square", [online_guard._square_by_sums, online_guard._square_by_products]
+)
+def test_norms_are_those_of_numpy(square):
+    # Below and above the sizes from which products take rows, with a rest and without.
+    shapes = [(), (0, 3), (7,), (1024,), (3000,), (40, 60), (2, 3, 4, 300)]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    tree = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+    tree[2] = tree[2].astype(jnp.bfloat16)
+    expected = sum(np.sum(np.asarray(x, np.float64) ** 2) for x in tree)
+    np.testing.assert_allclose(jax.jit(square)(tree), expected, rtol=1e-5)
+    assert square([]) == 0.0
+    for place, x in enumerate(tree):
+        for bad in (jnp.nan, jnp.inf) if x.size else ():
+            broken = jnp.ravel(x).at[-1].set(bad).reshape(x.shape)
+            tree_with = [*tree[:place], broken, *tree[place + 1 :]]
+            assert not jnp.isfinite(square(tree_with))

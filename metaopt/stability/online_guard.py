@@ -13,8 +13,8 @@ from metaopt.stability.guard_state import Reason, start
 
 _MEAN_DECAY = 0.98
 _LOSS_FLOOR = 0.01
-# The length of the sums that XLA adds up fastest on the CPU, and the size of a tensor
-# below which they are not worth a kernel of their own.
+# The length of the products that XLA adds up fastest on the CPU, and the size of a
+# tensor below which they are not worth a kernel of their own.
 _ROW = 256
 _SMALL = 1024
 
@@ -194,8 +194,14 @@ def _fall_back(run, state, mine, accepted, reason):
     )
 
 
-def _square(tree: chex.ArrayTree) -> jax.Array:
+def _square_by_sums(tree: chex.ArrayTree) -> jax.Array:
     """Returns the sum of squares `[]`; not finite if any element is not."""
+    leaves = (jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(tree))
+    return sum((jnp.sum(x * x) for x in leaves), jnp.float32(0.0))
+
+
+def _square_by_products(tree: chex.ArrayTree) -> jax.Array:
+    """Returns the same, by products with ones."""
     parts = [jnp.zeros(1)]
     for leaf in jax.tree.leaves(tree):
         x = jnp.asarray(leaf, jnp.float32)
@@ -204,13 +210,17 @@ def _square(tree: chex.ArrayTree) -> jax.Array:
             whole = x.size // _SMALL * _SMALL
             parts.append(x[whole:] ** 2)
             x = x[:whole].reshape(-1, _ROW)
-        # Met with a vector of ones: other sums make XLA add one by one on the CPU.
         ones = jnp.ones(x.shape[-1])
         parts.append(jnp.ravel(jnp.dot(x * x, ones, precision="highest")))
     # Each barrier keeps XLA from fusing what is faster apart: the sums of the rows with
     # their concatenation, and that with the last sum.
     parts = jax.lax.optimization_barrier(parts)
     return jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(parts)))
+
+
+# Before 0.11 XLA added one by one on the CPU; since then it is the products that it
+# computes in loops, five times as slowly as sums.
+_square = _square_by_sums if jax.__version_info__ >= (0, 11) else _square_by_products
 
 
 def _log_mean(mean, square, use):
