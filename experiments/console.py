@@ -1,9 +1,16 @@
-"""Choosing by name, and the two kinds of error that end a command without a trace."""
+"""What all commands share: choosing by name, errors without a trace, tables."""
+
+from __future__ import annotations
 
 import argparse
 import difflib
 import importlib.util
+import os
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class UsageError(Exception):
@@ -38,6 +45,16 @@ def check_choice(kind: str, name: str, options: Iterable[str]) -> None:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         listed = ", ".join(options)
         raise UsageError(f"There is no {kind} {name!r}.{hint} There are: {listed}.")
+
+
+def screen() -> Console:
+    """Returns where tables go; in files and pipes they have room for all columns."""
+    from rich.console import Console
+
+    found = Console()
+    if found.is_terminal or "COLUMNS" in os.environ:
+        return found
+    return Console(width=200)
 
 
 def columns(rows: Mapping[str, str]) -> str:

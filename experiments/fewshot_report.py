@@ -10,10 +10,10 @@ from typing import Any
 import chex
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from experiments.config import FewShotEvaluation, TrainInContext
+from experiments.console import screen
 from experiments.page import Rows, cell, write_page
 from experiments.rivals import rivals, unseen
 from experiments.run import read_metrics
@@ -169,11 +169,7 @@ def show(title: str, rows: Rows) -> None:
         table.add_column(column, justify="left" if column == first else "right")
     for row in rows:
         table.add_row(*(cell(value) for value in row.values()))
-    console = Console()
-    if not console.is_terminal:
-        # A file is as wide as the table.
-        console.width = 160
-    console.print(table)
+    screen().print(table)
 
 
 def as_json(found: Mapping[str, Mapping[str, Comparison]]) -> dict[str, Any]:

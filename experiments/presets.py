@@ -251,6 +251,40 @@ def _velo_small() -> MetaTrain:
     return _on_small_images(VeLO(width=32, bank_size=16), outer, level="global")
 
 
+def _velo_mixed() -> MetaTrain:
+    import tasks
+    from experiments.config import MetaTrain, Outer
+    from metaopt.augment import Reparametrised
+    from metaopt.estimators import NRES, Mixture
+    from metaopt.learner import LogUniform, TrainTask
+    from metaopt.optimizers import VeLO
+
+    kinds = (
+        *_small_images(),
+        tasks.ImageRecurrent("mnist", 16, "gru", batch_size=32, image_size=8),
+        tasks.ImageAutoencoder("mnist", (32, 8), batch_size=64, image_size=8),
+        tasks.PhysicsInformed("oscillator"),
+    )
+    # Those of celo2: they make the gradients about equally long.
+    weights = (1.0, 6.0, 6.0, 4.0, 3.0, 30.0, 1.0)
+    learners = [
+        TrainTask(
+            Reparametrised(task, "global", minimum=1 / 3, maximum=3.0),
+            VeLO(width=32, bank_size=16),
+            horizon=LogUniform(100, 1000),
+            meta_loss="late-log",
+            loss_cap=1.5 * math.log(10),
+        )
+        for task in kinds
+    ]
+    parts = tuple(NRES(x, num_tasks=48, window=50) for x in learners)
+    return MetaTrain(
+        estimator=Mixture(parts, weights),
+        outer=Outer("adam", learning_rate=1e-3, warmup=20),
+        num_steps=500,
+    )
+
+
 META_TRAIN = {
     "quadratic-pes": Preset(
         "rate and averages of Adam, on random quadratics; seconds",
@@ -283,5 +317,9 @@ META_TRAIN = {
     "velo-small": Preset(
         "VeLO with an LSTM of 32 units, on four classifiers of 8x8 images; longer",
         _velo_small,
+    ),
+    "velo-mixed": Preset(
+        "what velo-small learned, on seven tasks and late losses: --start its weights",
+        _velo_mixed,
     ),
 }

@@ -11,10 +11,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from experiments.config import Evaluation, MetaTrain, learners
+from experiments.console import screen
 from experiments.run import read_metrics
 from metaopt import evaluate
 from metaopt._files import write_atomically
@@ -99,7 +99,7 @@ def finish(
         for task, steps in tasks_to_compare(config)
     ]
     for comparison in comparisons:
-        Console().print(table(comparison))
+        screen().print(table(comparison))
         if {0, len(RATES) - 1} & comparison.best:
             print("Adam's best rate is the grid's first or last: try others too.")
     text = json.dumps(as_json(comparisons, info), indent=2)

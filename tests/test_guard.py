@@ -258,7 +258,7 @@ def test_a_fresh_state_can_be_donated():
 )
 def test_norms_are_those_of_numpy(square):
     # Below and above the sizes from which products take rows, with a rest and without.
-    shapes = [(), (0, 3), (7,), (1024,), (3000,), (40, 60), (2, 3, 4, 300)]
+    shapes = [(), (0, 3), (7,), (5, 6), (1024,), (3000,), (40, 60), (2, 3, 4, 300)]
     keys = jax.random.split(jax.random.key(0), len(shapes))
     tree = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
     tree[2] = tree[2].astype(jnp.bfloat16)

@@ -102,21 +102,24 @@ def test_token_shift_reads_the_token_before_as_well(model):
     np.testing.assert_allclose(shifted.apply(params, tokens), expected, atol=1e-6)
 
 
-def test_a_window_is_all_that_a_head_sees():
+@pytest.mark.parametrize("smeared_keys", [False, True])
+def test_a_window_is_all_that_a_head_sees(smeared_keys):
     tokens = jax.random.normal(jax.random.key(0), (6, 3))
-    model = Transformer(layers=1, heads=2, width=8, window=3)
+    model = Transformer(1, heads=2, width=8, window=3, smeared_keys=smeared_keys)
     params = model.init(jax.random.key(1), tokens, 2)
     jacobian = jax.jacobian(lambda t: model.apply(params, t))(tokens)
     influence = np.asarray(jnp.sum(jnp.abs(jacobian), axis=(1, 3)))
     places = np.arange(6)
     back = places[:, None] - places
-    np.testing.assert_array_equal(influence > 0, (back >= 0) & (back < 3))
+    # The oldest key holds a share of the one before it.
+    reach = 3 + smeared_keys
+    np.testing.assert_array_equal(influence > 0, (back >= 0) & (back < reach))
     assert (model.state_size(2), model.state_size(100)) == (2 * 8 * 2, 2 * 8 * 3)
     wide, whole = (dataclasses.replace(model, window=n) for n in (6, None))
     np.testing.assert_array_equal(
         wide.apply(params, tokens), whole.apply(params, tokens)
     )
-    with pytest.raises(ValueError, match="not causal, got 3"):
+    with pytest.raises(ValueError, match="causal=False and window=3"):
         model.apply(params, tokens, causal=False)
     with pytest.raises(ValueError, match="window"):
         Transformer(window=0)

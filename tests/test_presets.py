@@ -12,7 +12,7 @@ from metaopt.estimators import Mixture
 from metaopt.train import make_trainer, meta_init, meta_step
 from tasks.images import ImageTask
 
-MIXTURES = ("celo2", "small-fc", "star", "velo-small", "images-pes")
+MIXTURES = ("celo2", "small-fc", "star", "velo-small", "velo-mixed", "images-pes")
 
 
 def on_digits(name, part=-1, **fields):

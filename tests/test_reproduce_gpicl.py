@@ -99,7 +99,7 @@ def test_the_loss_on_free_tasks_is_not_that_of_training():
     assert found.shape == (2,) and found[0] == found[1] > 2.2
 
 
-def test_gpicl_through_the_command(tmp_path, monkeypatch):
+def test_gpicl_through_the_command(tmp_path, monkeypatch, capsys):
     embedded = [data.Status("digits", "embedded", "")]
     monkeypatch.setattr(data, "status", lambda: embedded)
     monkeypatch.setattr(gpicl, "SMALL", TINY)
@@ -115,12 +115,14 @@ def test_gpicl_through_the_command(tmp_path, monkeypatch):
         "nearest neighbour",
     ]
     assert [row["state"] for row in rows[:2]] == [112, 16]
+    # In a pipe, too, the table has room for its columns.
+    assert "…" not in capsys.readouterr().out
     assert rows[0]["phase"] == "fail" and rows[0]["plateau"] is None
     assert "data prepare mnist" in report["ours"]
     assert (tmp_path / "gpicl-digits.png").exists()
 
 
-def test_states_of_different_size_have_the_same_parameters():
+def test_the_size_of_the_state_is_changed_at_almost_the_same_parameters():
     learners = {name: learner for name, learner in gpicl.settings(gpicl.SMALL)}
     count = lambda learner: sum(
         x.size

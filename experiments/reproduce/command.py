@@ -11,8 +11,6 @@ from typing import Any
 from experiments import backend, console
 
 _COMMAND = "python -m experiments reproduce"
-# Of tables in files and pipes, which have no width of their own.
-_WIDTH = 140
 
 # Name -> (what `--help` says, the module whose `main(out, full)` gives the report).
 PAPERS = {
@@ -157,12 +155,9 @@ def _run(name: str, launch: Launch) -> int:
 
 def _show(report: dict[str, Any]) -> None:
     """Prints the claim, the paper's number, ours, and the tables."""
-    from rich.console import Console
     from rich.table import Table
 
-    screen = Console()
-    if not screen.is_terminal:
-        screen = Console(width=_WIDTH)
+    screen = console.screen()
     for title, rows in report["tables"].items():
         table = Table(title=title)
         for column in rows[0] if rows else ():

@@ -77,8 +77,9 @@ class Scale:
         permute_labels_probs: shares of tasks with renamed classes in distributions
             biased towards one set of names.
         windows: how many tokens the heads of transformers with a smaller state see.
-        memories: numbers of matrices of the fast weights, whose state they divide at
-            the same number of parameters; if there are any, an LSTM is trained too.
+        memories: numbers of matrices of the fast weights, which divide the state at
+            nearly the same number of parameters; if there are any, an LSTM is trained
+            too.
     """
 
     dataset: str = "digits"
@@ -189,7 +190,7 @@ def settings(scale: Scale) -> list[Setting]:
     ]
     made += [
         setting(
-            f"fast weights, {heads} matrices",
+            f"fast weights, {heads} {'matrix' if heads == 1 else 'matrices'}",
             FastWeights(scale.width, heads, token_shift=True),
         )
         for heads in scale.memories
@@ -272,7 +273,9 @@ def row(
     phase = learning_phase(
         *ends["seen"], *ends["unseen"], chance=1 / learner.outputs, margin=0.05
     )
+    theta = jax.eval_shape(learner.init_theta, jax.random.key(0))
     line: dict[str, Any] = {"model": name, "state": learner.state_size}
+    line["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(theta))
     for test, (first, last) in ends.items():
         title = {"seen": "seen tasks", "unseen": "unseen tasks"}.get(test, test)
         if test == "seen":

@@ -76,10 +76,11 @@ class FastWeights(SequenceModel):
     Attributes:
         width: length of the embedding and of what is read from all heads together.
         heads: matrices of the memory; a divisor of `width`. More of them make a smaller
-            state of the same parameters, up to one per head.
-        token_shift: whether each step reads the token before as well (Peng et al.,
-            2023, https://arxiv.org/abs/2305.13048). In the layout `Shifted` an input
-            and its target, which comes one token later, then meet in one step.
+            state, of nearly the same parameters: `2 * width + 1` more per matrix.
+        token_shift: whether each step reads the token before as well, as Peng et al.,
+            2023, https://arxiv.org/abs/2305.13048, mix it in; here both are
+            concatenated before the embedding. In the layout `Shifted` an input and its
+            target, which comes one token later, then meet in one step.
 
     >>> model = FastWeights(width=8, heads=2)
     >>> params = model.init(jax.random.key(0), jnp.zeros((5, 3)), 2)

@@ -51,10 +51,12 @@ class Transformer(SequenceModel):
         smeared_keys: whether a head may mix each key with the one before, in a learned
             proportion that starts at one half (Olsson et al., 2022,
             https://arxiv.org/abs/2209.11895).
-        window: how many tokens a head looks back at, its own included; None for all. A
-            smaller state for the same parameters. Only for causal attention.
         dtype: "float32" or "bfloat16", that of the activations; softmax, LayerNorm and
             parameters stay in float32.
+        window: how many tokens a head looks back at, its own included; None for all. A
+            smaller state for the same parameters. With `smeared_keys` the oldest key
+            holds a share of the one before it; the reach of several blocks adds up.
+            Only for causal attention.
 
     >>> model = Transformer(layers=1, heads=2, width=8)
     >>> tokens = jnp.zeros((5, 3))
@@ -69,8 +71,8 @@ class Transformer(SequenceModel):
     widening: int = 4
     init_std: float = 0.02
     smeared_keys: bool = False
-    window: int | None = None
     dtype: str = "float32"
+    window: int | None = None
 
     def __post_init__(self):
         validate.integer("layers", self.layers)
@@ -168,6 +170,11 @@ class Transformer(SequenceModel):
         return x, attention
 
     def _attend(self, p, x, causal):
+        if self.window is not None and not causal:
+            raise ValueError(
+                "causal must be True for attention with a window, got causal=False and "
+                f"window={self.window}. Use a layout such as Shifted(), or window=None."
+            )
         batch, length, _ = x.shape
         qkv = _affine(p["qkv"], _normalise(p["attention_norm"], x))
         qkv = qkv.reshape(batch, length, 3, self.heads, self.width // self.heads)
@@ -183,11 +190,6 @@ class Transformer(SequenceModel):
             if self.window is not None:
                 seen &= ~jnp.tri(length, k=-self.window, dtype=bool)
             scores = jnp.where(seen, scores, -jnp.inf)
-        elif self.window is not None:
-            raise ValueError(
-                "window must be None for attention that is not causal, got "
-                f"{self.window}."
-            )
         attention = jax.nn.softmax(scores)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", attention.astype(v.dtype), v)
         return _affine(p["attention_out"], mixed.reshape(x.shape)), attention

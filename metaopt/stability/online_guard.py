@@ -218,8 +218,8 @@ def _square_by_products(tree: chex.ArrayTree) -> jax.Array:
     return jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(parts)))
 
 
-# Before 0.11 XLA added one by one on the CPU; since then it is the products that it
-# computes in loops, five times as slowly as sums.
+# With JAX 0.10 XLA adds one by one on the CPU; with 0.11 and 0.12 it is the products
+# that are slow, by about four times (docs/speed.md).
 _square = _square_by_sums if jax.__version_info__ >= (0, 11) else _square_by_products
 
 
