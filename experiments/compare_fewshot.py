@@ -46,6 +46,7 @@ def main(arguments: list[str]) -> int:
         out=pathlib.Path("runs", f"compare-fewshot-{name}"),
     )
     launch = options.parse(default, rest, command=f"{_COMMAND} {name}")
+    console.check_matplotlib()
     return _run(name, launch, f"{_COMMAND} {shlex.join(arguments)}")
 
 

@@ -48,6 +48,7 @@ def main(
     default = options.Launch(config=presets[preset].build(), out=out)
     finish = ending()
     launch = options.parse(default, rest, command=f"{typed} {preset}")
+    console.check_matplotlib()
     again = [word for word in arguments if word != "--resume"]
     return training.run(
         launch,

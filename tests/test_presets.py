@@ -10,6 +10,7 @@ import pytest
 from experiments.presets import META_TRAIN
 from metaopt.estimators import Mixture
 from metaopt.train import make_trainer, meta_init, meta_step
+from tasks.autoencoders import ImageAutoencoder
 from tasks.images import ImageTask
 
 MIXTURES = ("celo2", "small-fc", "star", "velo-small", "velo-mixed", "images-pes")
@@ -50,15 +51,27 @@ def test_a_mixture_takes_a_step_that_keeps_its_state_in_shape(name):
     check_a_step(on_digits(name, num_tasks=2))
 
 
+WEIGHED = {"celo2": 8, "velo-mixed": 7}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(7))
-def test_so_does_every_part_of_celo2(part):
-    check_a_step(on_digits("celo2", part, num_tasks=2))
+@pytest.mark.parametrize(
+    ("name", "part"), [(x, i) for x, n in WEIGHED.items() for i in range(n - 1)]
+)
+def test_so_does_every_part_of_it(name, part):
+    check_a_step(on_digits(name, part, num_tasks=2))
 
 
-def test_celo2_weighs_all_its_parts():
-    mixture = META_TRAIN["celo2"].build().estimator
-    assert len(mixture.weights) == len(mixture.estimators) == 8
+@pytest.mark.parametrize("name", WEIGHED)
+def test_every_part_has_a_weight(name):
+    mixture = META_TRAIN[name].build().estimator
+    assert len(mixture.weights) == len(mixture.estimators) == WEIGHED[name]
+    autoencoder = [
+        weight
+        for weight, part in zip(mixture.weights, mixture.estimators, strict=True)
+        if isinstance(part.learner.task.task, ImageAutoencoder)
+    ]
+    assert autoencoder == [30.0]
 
 
 @pytest.mark.slow

@@ -126,6 +126,7 @@ def main(arguments: list[str]) -> int:
 
     default = Launch(out=pathlib.Path("runs", f"reproduce-{name}"))
     launch = options.parse(default, rest, command=f"{_COMMAND} {name}")
+    console.check_matplotlib()
     return _run(name, launch)
 
 
