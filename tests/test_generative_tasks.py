@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.special
 import scipy.stats
@@ -133,6 +134,34 @@ def test_both_players_get_the_gradient_of_their_own_loss():
     # The generator also changes the discriminator's loss, and must not see that.
     seen, hidden = slopes("generator", "discriminator_loss")
     assert abs(seen - hidden) > 1e-2
+
+
+def test_the_generator_learns_with_the_momentum_of_dcgan():
+    task = tasks.ImageGAN(widths=(8, 16), latent=8, batch_size=32)
+    data = task.load()
+
+    def train(b1):
+        tx = optax.adam(2e-3, b1)
+
+        def body(carry, key):
+            params, state = carry
+            batch_key, loss_key = jax.random.split(key)
+            batch = task.batch((), data, batch_key)
+            loss = lambda p: task.loss(p, batch, (), loss_key)
+            gradient, metrics = jax.grad(loss, has_aux=True)(params)
+            updates, state = tx.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), metrics["energy_distance"]
+
+        params = task.init((), KEY)
+        keys = jax.random.split(KEY, 500)
+        return jax.lax.scan(body, (params, tx.init(params)), keys)[1]
+
+    found = jax.jit(jax.vmap(train))(jnp.array([0.5, 0.9]))
+    first, last = found[:, :50].mean(axis=1), found[:, -50:].mean(axis=1)
+    assert last[0] < first[0] / 4
+    # With more momentum the discriminator wins.
+    assert last[1] > first[1] / 2
 
 
 @pytest.mark.parametrize(("dataset", "side"), [("mnist", 28), ("cifar10", 7)])
