@@ -102,6 +102,7 @@ def test_the_loss_on_free_tasks_is_not_that_of_training():
 def test_gpicl_through_the_command(tmp_path, monkeypatch, capsys):
     embedded = [data.Status("digits", "embedded", "")]
     monkeypatch.setattr(data, "status", lambda: embedded)
+    monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr(gpicl, "SMALL", TINY)
     monkeypatch.setattr(gpicl_accuracy, "PROMPTS", 256)
     kept = gpicl.settings
