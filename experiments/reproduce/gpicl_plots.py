@@ -40,6 +40,7 @@ def draw(
         for axis, title in ((seen, "seen tasks"), (unseen, "unseen tasks and images")):
             axis.set(title=title, xlabel="examples before", ylabel="accuracy")
             axis.set(ylim=(0, 1))
+        state.margins(x=0.2)
         state.set(xscale="log", xlabel="numbers in the state", ylim=(0, 1))
         state.set(title="unseen tasks; trained on any number", ylabel="last answer")
         training.set(xlabel="outer step", ylabel="loss")
