@@ -164,7 +164,7 @@ META_TRAIN = {
         mixture_presets.velo_small,
     ),
     "velo-mixed": Preset(
-        "VeLO with an LSTM of 32 units, on seven small tasks; --start velo-small's",
+        "the same on seven small tasks; goes on from its theta by --start; hours",
         mixture_presets.velo_mixed,
     ),
 }

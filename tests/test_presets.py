@@ -77,7 +77,8 @@ def test_every_part_has_a_weight(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_mixture_trains(name):
-    config = on_digits(name, num_tasks=2, window=5)
+    # One task for each of the four devices that the suite has.
+    config = on_digits(name, num_tasks=4, window=5)
     tx = config.outer.transformation(config.num_steps)
     trainer = make_trainer(config.estimator, tx, config.estimator.load())
     state = trainer.init(jax.random.key(0))
