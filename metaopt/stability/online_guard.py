@@ -39,7 +39,7 @@ def guard(
     update_factor: float = 30.0,
     gradient_factor: float = 1e3,
     patience: int = 50,
-    refresh: int = 10,
+    refresh: int = 20,
     cooldown: int | None = None,
     coverage: tuple[Coverage, float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -196,8 +196,12 @@ def _fall_back(run, state, mine, accepted, reason):
 
 def _square_by_sums(tree: chex.ArrayTree) -> jax.Array:
     """Returns the sum of squares `[]`; not finite if any element is not."""
-    leaves = (jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(tree))
-    return sum((jnp.sum(x * x) for x in leaves), jnp.float32(0.0))
+    leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(tree)]
+    # The small ones together: each sum of its own is several kernels.
+    small = [jnp.ravel(x) for x in leaves if x.size < _SMALL]
+    large = [x for x in leaves if x.size >= _SMALL]
+    parts = [jnp.concatenate(small), *large] if small else large
+    return sum((jnp.sum(x * x) for x in parts), jnp.float32(0.0))
 
 
 def _square_by_products(tree: chex.ArrayTree) -> jax.Array:
