@@ -40,7 +40,7 @@ class ImageEpisodes(FunctionFamily):
     Vinyals et al., 2016, https://arxiv.org/abs/1606.04080.
 
     Attributes:
-        dataset: a key of `tasks.data.DATASETS`.
+        dataset: a name that `tasks.data.load` takes.
         way: classes of an episode.
         train_classes: how many classes are for meta-training; the rest is for testing.
         split: "train" or "test", the side that the classes are drawn from.
@@ -62,14 +62,14 @@ class ImageEpisodes(FunctionFamily):
 
     def __post_init__(self):
         super().__post_init__()
-        validate.one_of("dataset", self.dataset, datasets.DATASETS)
+        datasets.info(self.dataset)
         validate.integer("way", self.way, minimum=2)
         validate.integer("train_classes", self.train_classes)
         validate.one_of("split", self.split, ("train", "test"))
 
     @property
     def num_features(self):
-        height, width, channels = datasets.DATASETS[self.dataset].shape
+        height, width, channels = datasets.info(self.dataset).shape
         return height * width * channels
 
     @property
@@ -137,7 +137,7 @@ class ImageEpisodes(FunctionFamily):
                 shots * self.way + np.arange(self.num_queries),
             ]
         )
-        peak = datasets.DATASETS[self.dataset].peak
+        peak = datasets.info(self.dataset).peak
         x = data.x[index.ravel()[keep]].astype(jnp.float32) / peak
         label = label.ravel()[keep]
         if self.rotations:
@@ -145,6 +145,6 @@ class ImageEpisodes(FunctionFamily):
         return split_episode(x, jax.nn.one_hot(label, self.way), self.num_examples)
 
     def _turned(self, x: jax.Array, turn: jax.Array) -> jax.Array:
-        image = x.reshape(datasets.DATASETS[self.dataset].shape)
+        image = x.reshape(datasets.info(self.dataset).shape)
         every = jnp.stack([jnp.rot90(image, k) for k in range(4)])
         return every[turn].ravel()

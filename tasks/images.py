@@ -56,7 +56,7 @@ def draw_images(
 
 def image_shape(dataset: str, image_size: int | None) -> tuple[int, int, int]:
     """Returns `(H, W, C)` of the images that `load_images` gives."""
-    height, width, channels = datasets.DATASETS[dataset].shape
+    height, width, channels = datasets.info(dataset).shape
     return (image_size or height, image_size or width, channels)
 
 
@@ -65,7 +65,7 @@ class ImageTask(Task):
     """Trains a network on images: what all tasks on images share.
 
     Attributes:
-        dataset: a key of `tasks.data.DATASETS`.
+        dataset: a name that `tasks.data.load` takes.
         batch_size: images per step, drawn with replacement.
         image_size: side that the images are resized to; None leaves them alone.
     """
@@ -75,7 +75,7 @@ class ImageTask(Task):
     image_size: int | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
-        validate.one_of("dataset", self.dataset, datasets.DATASETS)
+        datasets.info(self.dataset)
         validate.integer("batch_size", self.batch_size)
         if self.image_size is not None:
             validate.integer("image_size", self.image_size)
@@ -94,7 +94,7 @@ class ImageTask(Task):
         return load_images(self.dataset, self.image_size)
 
     def batch(self, instance, data, key, *, split="train"):
-        peak = datasets.DATASETS[self.dataset].peak
+        peak = datasets.info(self.dataset).peak
         part = getattr(data, split)
         return draw_images(part, key, batch_size=self.batch_size, peak=peak)
 

@@ -1,15 +1,11 @@
-"""`prepare` makes a TFDS dataset, from raw files on disk or from the network.
+"""`prepare` makes a TFDS dataset, from files on disk or from the network.
 
-Neither TensorFlow nor a network is needed to make one from raw files: the builder below
-writes what `tfds.load` would have written, in array_record format, and
-`tfds.data_source` reads it back. A dataset is made in a temporary folder and renamed
-when it is whole, so an interruption at any moment leaves nothing half-made.
+A dataset is made in a temporary folder and renamed when it is whole, so an interruption
+at any moment leaves nothing half-made.
 """
 
 import contextlib
-import hashlib
 import importlib.util
-import io
 import os
 import pathlib
 import shutil
@@ -21,18 +17,22 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from metaopt import validate
-from tasks import raw
-from tasks.data import (
+from tasks import tfds_known, tfds_others, tfds_writing
+from tasks.data import write_cache
+from tasks.dataset_info import (
     DATASETS,
     DataError,
+    DatasetInfo,
+    Recipe,
+    Splits,
+    check_name,
     data_dir,
+    folder_of,
     problem,
-    read_tfds,
-    write_cache,
+    write_facts,
 )
+from tasks.tfds_known import import_tfds
 
 _DAY = 24 * 3600.0
 
@@ -62,58 +62,172 @@ class Prepared(NamedTuple):
         )
 
 
-def prepare(name: str, from_dir: str | os.PathLike | None = None) -> Prepared:
+def prepare(
+    name: str,
+    from_dir: str | os.PathLike | None = None,
+    *,
+    size: int | None = None,
+    train: str = "train",
+    test: str = "test",
+    label: str | None = None,
+) -> Prepared:
     """Makes a TFDS dataset and its cache; replaces one that is already there.
 
     Args:
-        name: a key of `tasks.data.DATASETS` other than "digits".
-        from_dir: folder with the raw files under their original names (`files` in
-            `DATASETS`); without it they are downloaded by TFDS, which needs a network
-            and TensorFlow.
+        name: a key of `tasks.data.DATASETS` other than "digits", or any other image
+            classification dataset as TFDS calls it: "stl10", "emnist/letters",
+            "cifar100:3.0.2".
+        from_dir: for a key of `DATASETS`, folder with the raw files under their
+            original names (`files` there); else a TFDS data directory, in which it is
+            already prepared in array_record format. Without it the dataset is made by
+            TFDS: a download needs a network and TensorFlow.
+        size: side of the square that images are resized to, for a dataset outside of
+            `DATASETS`; must be given where they differ in size.
+        train: its split for training, in the syntax of TFDS.
+        test: its split for testing.
+        label: its feature that is the class, where it has several and does not say
+            which of them counts.
 
     Raises:
-        ValueError: if there is no dataset of this name.
-        DataError: if a raw file is missing, damaged or of another dataset, or if the
-            download fails; ends with the command to run.
+        ValueError: if there is no dataset of this name, or an option does not apply.
+        DataError: if a raw file is missing, damaged or of another dataset, if the
+            download fails, or if the dataset cannot be used as it is (see
+            `tasks.tfds_others.read`); ends with the command to run, if there is one.
     """
-    validate.one_of("dataset", name, [n for n in DATASETS if n != "digits"])
+    if name == "digits":
+        others = ", ".join(repr(n) for n in DATASETS if n != "digits")
+        raise ValueError(
+            f"dataset must be one of {others} or another of TFDS, got 'digits', which "
+            "is embedded."
+        )
+    check_name(name)
+    recipe = Recipe(size, train, test, label)
+    if size is not None:
+        validate.integer("size", size)
+    if name in DATASETS and recipe != Recipe():
+        raise ValueError(
+            f"size, train, test and label must be left out for {name}, where they are "
+            f"fixed, got {' '.join(recipe.options())}."
+        )
     start = time.monotonic()
-    home = data_dir()
-    home.mkdir(parents=True, exist_ok=True)
-    for leftover in home.glob(f".preparing-{name}-*"):
-        if time.time() - leftover.stat().st_mtime > _DAY:
-            shutil.rmtree(leftover)
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f".preparing-{name}-", dir=home))
-    try:
-        if from_dir is None:
-            _download(name, work)
+    origin = None if from_dir is None else pathlib.Path(from_dir)
+    with _workplace(name) as work:
+        if name in DATASETS:
+            made, splits, names = _known(name, origin, work)
         else:
-            _convert(name, pathlib.Path(from_dir), work)
-        splits, names = read_tfds(name, work / name)
-        write_cache(work / name / "cache.npz", splits, names)
-        target = home / name
+            made, splits, names = _other(name, origin, work, recipe)
+        write_cache(made / "cache.npz", splits, names)
+        target = folder_of(name)
         if target.exists():
             target.rename(work / "replaced")
-        (work / name).rename(target)
-    finally:
-        shutil.rmtree(work)
+        made.rename(target)
     counts = (len(splits.train.y), len(splits.valid.y), len(splits.test.y))
     return Prepared(name, target, counts, len(names), time.monotonic() - start)
 
 
-def _download(name: str, work: pathlib.Path) -> None:
-    tfds = _tfds()
-    if importlib.util.find_spec("tensorflow") is None:
+@contextlib.contextmanager
+def _workplace(name: str) -> Iterator[pathlib.Path]:
+    """Gives a temporary folder beside the datasets; removes forgotten ones."""
+    home = data_dir()
+    home.mkdir(parents=True, exist_ok=True)
+    prefix = f".preparing-{folder_of(name).name}-"
+    for leftover in home.glob(f"{prefix}*"):
+        if time.time() - leftover.stat().st_mtime > _DAY:
+            shutil.rmtree(leftover)
+    work = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=home))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work)
+
+
+_Made = tuple[pathlib.Path, Splits, tuple[str, ...]]
+
+
+def _known(name: str, origin: pathlib.Path | None, work: pathlib.Path) -> _Made:
+    """Makes a dataset of `DATASETS`; returns its folder and what is in it."""
+    if origin is None:
+        _download(name, _builder_of(name, work))
+    else:
+        tfds_writing.write(name, origin, work)
+    return work / name, *tfds_known.read(name, work / name)
+
+
+def _other(
+    name: str, origin: pathlib.Path | None, work: pathlib.Path, recipe: Recipe
+) -> _Made:
+    """Makes any other dataset; returns its folder and what is in it."""
+    made = work / "made"
+    made.mkdir()
+    if origin is None:
+        builder = _builder_of(name, work)
+        # What cannot be used is told before the download.
+        tfds_others.choose(name, builder.info, recipe)
+        _download(name, builder)
+        prepared = pathlib.Path(builder.data_dir)
+        prepared.rename(made / prepared.name)
+    else:
+        prepared = _find_prepared(name, origin)
+        shutil.copytree(prepared, made / prepared.name)
+    splits, names = tfds_others.read(name, made, recipe)
+    height, width, channels = splits.train.x.shape[1:]
+    known = DatasetInfo(
+        (height, width, channels),
+        classes=len(names),
+        version=prepared.name,
+        recipe=recipe,
+    )
+    write_facts(made, name, known)
+    return made, splits, names
+
+
+def _find_prepared(name: str, origin: pathlib.Path) -> pathlib.Path:
+    """Returns the folder of a version of a dataset in a TFDS data directory."""
+    path, _, version = name.partition(":")
+    folder = origin / path
+    found = folder / version if version else tfds_known.newest(folder)
+    if found is not None and (found / "dataset_info.json").is_file():
+        return found
+    there = sorted(
+        str(info.parent.relative_to(origin))
+        for info in (origin / path.partition("/")[0]).rglob("dataset_info.json")
+    )
+    raise DataError(
+        f"{origin} must hold {path}/{version or 'VERSION'}/dataset_info.json, as a "
+        "data directory of TFDS does; of this dataset it holds "
+        f"{', '.join(there) or 'none'}."
+    )
+
+
+def _builder_of(name: str, work: pathlib.Path) -> Any:
+    """Returns the TFDS builder of a dataset."""
+    tfds = import_tfds()
+    try:
+        return tfds.builder(name, data_dir=work, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        there = [*DATASETS, *tfds.list_builders(with_community_datasets=False)]
+        raise ValueError(
+            f"dataset must be a name of TFDS, got dataset={name!r}."
+            f"{validate.nearest(name, there)} One that it does not know, such as your "
+            "own, is taken from where it is prepared, by --from DIR."
+        ) from error
+    # An unknown configuration or version, each with a class of its own.
+    except Exception as error:
+        # The message begins with our own arguments.
+        reason = " ".join(str(error).rpartition('}": ')[2].split())
+        raise ValueError(f"TFDS cannot make {name}: {reason}") from error
+
+
+def _download(name: str, builder: Any) -> None:
+    urls = builder.url_infos or ()
+    hosts = {urllib.parse.urlsplit(url).hostname for url in urls}
+    if hosts and importlib.util.find_spec("tensorflow") is None:
         raise _not_downloaded(name, "TensorFlow is not installed")
-    hosts = {
-        urllib.parse.urlsplit(url).hostname for url in tfds.builder_cls(name).url_infos
-    }
     try:
         # TFDS itself takes minutes of retries to find that there is no network.
         if not urllib.request.getproxies():
             for host in hosts:
                 socket.getaddrinfo(host, 443)
-        builder = tfds.builder(name, data_dir=work, file_format="array_record")
         builder.download_and_prepare()
     # No network, a full disk, a changed file: each has a class of its own.
     except Exception as error:
@@ -122,133 +236,9 @@ def _download(name: str, work: pathlib.Path) -> None:
 
 
 def _not_downloaded(name: str, reason: str) -> DataError:
-    files = DATASETS[name].files
     either = "a network and TensorFlow (pip install tensorflow)"
-    if files:
+    if name not in DATASETS:
+        either = f"{either}, or --from DIR with a data directory of TFDS that holds it"
+    elif files := DATASETS[name].files:
         either = f"{either}, or a folder DIR with the raw files {', '.join(files)}"
     return problem(name, f"{name} was not downloaded ({reason}). It takes {either}.")
-
-
-def _convert(name: str, folder: pathlib.Path, work: pathlib.Path) -> None:
-    """Writes the raw files as the TFDS dataset `name` under `work`."""
-    if not DATASETS[name].files:
-        raise problem(name, f"{name} can only be downloaded, not read from raw files.")
-    paths = raw.find_files(name, folder)
-    tfds = _tfds()
-    _check_origin(tfds, name, paths)
-    if name == "omniglot":
-        features, examples = _omniglot(tfds, raw.read_omniglot(name, folder))
-    else:
-        read = raw.read_cifar10 if name == "cifar10" else raw.read_mnist
-        features, examples = _classified(tfds, name, read(name, folder))
-    builder = _builder(tfds, name, features, examples)
-    # TFDS announces a download, which this is not.
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder(data_dir=work, file_format="array_record").download_and_prepare()
-
-
-def _tfds() -> Any:
-    try:
-        import tensorflow_datasets
-    except ImportError as error:
-        raise ImportError(
-            "Datasets are written by tensorflow-datasets: install the extra 'data', "
-            "as in pip install 'metaopt-jax[data]'."
-        ) from error
-    return tensorflow_datasets
-
-
-def _check_origin(tfds: Any, name: str, paths: list[pathlib.Path]) -> None:
-    """Raises if a file is known to be another dataset's: their names are the same."""
-    known = {
-        info.checksum: other
-        for other, facts in DATASETS.items()
-        if facts.files
-        for info in tfds.builder_cls(other).url_infos.values()
-    }
-    for path in paths:
-        owner = known.get(hashlib.sha256(path.read_bytes()).hexdigest(), name)
-        if owner != name:
-            raise problem(name, f"{path} belongs to {owner}, not to {name}.")
-
-
-def _classified(
-    tfds: Any, name: str, parts: dict[str, tuple[np.ndarray, np.ndarray]]
-) -> tuple[dict[str, Any], dict[str, Iterator]]:
-    """Returns the TFDS features and the examples of images with one label each."""
-    info = DATASETS[name]
-    features = {
-        "image": tfds.features.Image(shape=info.shape),
-        "label": tfds.features.ClassLabel(num_classes=info.classes),
-    }
-
-    def examples(x, y):
-        for i in range(len(y)):
-            yield i, {"image": _pillow(x[i]), "label": int(y[i])}
-
-    return features, {split: examples(*part) for split, part in parts.items()}
-
-
-def _omniglot(
-    tfds: Any, parts: dict[str, dict[str, raw.Drawing]]
-) -> tuple[dict[str, Any], dict[str, Iterator]]:
-    """Returns the TFDS features and the examples of Omniglot, alphabets included."""
-    drawings = [d for part in parts.values() for d in part.values()]
-    alphabets = sorted({d.alphabet for d in drawings})
-    characters = sorted({(d.alphabet, d.character) for d in drawings})
-    label = {character: i for i, character in enumerate(characters)}
-    features = {
-        "image": tfds.features.Image(shape=(105, 105, 1)),
-        "alphabet": tfds.features.ClassLabel(names=alphabets),
-        "alphabet_char_id": np.int64,
-        "label": tfds.features.ClassLabel(num_classes=len(characters)),
-    }
-
-    def examples(part):
-        for path, (alphabet, character, image) in part.items():
-            yield (
-                path,
-                {
-                    "image": _pillow(image),
-                    "alphabet": alphabet,
-                    "alphabet_char_id": character,
-                    "label": label[alphabet, character],
-                },
-            )
-
-    return features, {split: examples(part) for split, part in parts.items()}
-
-
-def _pillow(image: np.ndarray) -> Any:
-    # TFDS encodes Pillow images by itself, but arrays only with TensorFlow.
-    from PIL import Image
-
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-def _builder(
-    tfds: Any, name: str, features: dict[str, Any], examples: dict[str, Iterator]
-) -> Any:
-    """Returns a TFDS builder class of the dataset's own name and version."""
-    official = tfds.builder_cls(name)
-
-    class Converted(  # type: ignore[call-arg]
-        tfds.core.GeneratorBasedBuilder, skip_registration=True
-    ):
-        VERSION = official.VERSION
-
-        def _info(self):
-            return tfds.core.DatasetInfo(
-                builder=self,
-                features=tfds.features.FeaturesDict(features),
-                supervised_keys=("image", "label"),
-            )
-
-        def _split_generators(self, dl_manager):
-            return examples
-
-        def _generate_examples(self):
-            raise NotImplementedError("the splits carry their generators")
-
-    Converted.name = name
-    return Converted

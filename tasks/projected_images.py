@@ -59,7 +59,7 @@ class ProjectedImages(FunctionFamily):
     `Shifted()`.
 
     Attributes:
-        dataset: a key of `tasks.data.DATASETS`.
+        dataset: a name that `tasks.data.load` takes.
         image_size: side that the images are resized to; None leaves them alone.
         num_tasks: how many tasks there are; None for no limit.
         first_task: number of the first task; a range that training did not have gives
@@ -90,7 +90,7 @@ class ProjectedImages(FunctionFamily):
 
     def __post_init__(self):
         super().__post_init__()
-        validate.one_of("dataset", self.dataset, datasets.DATASETS)
+        datasets.info(self.dataset)
         if self.image_size is not None:
             validate.integer("image_size", self.image_size)
         if self.num_tasks is not None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tasks.data import DATASETS, problem
+from tasks.dataset_info import DATASETS, problem
 
 
 class Drawing(NamedTuple):

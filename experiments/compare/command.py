@@ -45,7 +45,15 @@ def parser() -> argparse.ArgumentParser:
         default="quick",
         help="the tasks",
     )
-    add("--tasks", nargs="+", metavar="TASK", help="only these tasks of the suite")
+    add("--tasks", nargs="+", metavar="TASK", help="only these tasks")
+    add(
+        "--datasets",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="also an MLP and a convolutional network on each of these, by their names "
+        "in the command `data`: any image classification dataset of TFDS",
+    )
     add("--reference", default="adamw", help="what the others are measured by")
     add("--steps", type=int, help="steps per run, instead of those of the suite")
     add("--seeds", type=int, default=3, help="runs that are reported")
@@ -125,7 +133,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
     with screen.Progress(len(suite) * len(contenders)) as progress:
         for name, entry in suite.items():
             if reason := _unavailable(entry.task):
-                if options.tasks:
+                if options.tasks or entry.task.dataset in options.datasets:
                     raise CommandError(reason)
                 left_out.append((name, reason))
                 progress.skip(len(contenders))
@@ -171,9 +179,16 @@ def _protocol(options: argparse.Namespace) -> Any:
 
 def _suite(options: argparse.Namespace) -> dict[str, Any]:
     from experiments.compare.protocol import EVALUATIONS
-    from experiments.compare.suites import SUITES
+    from experiments.compare.suites import SUITES, on_dataset
 
-    suite = SUITES[options.suite]
+    suite = dict(SUITES[options.suite])
+    num_steps = next(iter(suite.values())).num_steps
+    for dataset in options.datasets:
+        try:
+            added = on_dataset(dataset, num_steps)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+        suite = added | suite
     for name in options.tasks or ():
         check_choice("task", name, suite)
     chosen = {name: suite[name] for name in options.tasks or suite}

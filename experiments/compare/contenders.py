@@ -19,6 +19,7 @@ from metaopt.optimizers import Celo2
 from metaopt.registry import COMPONENTS, from_config, to_config
 from metaopt.task import Task
 from metaopt.weights import load_with_info
+from tasks import data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +51,13 @@ class Contender:
         """Returns "task" or "data" if meta-training has seen it, else "".
 
         A task counts as seen if it differs in its batch size at most, its data if
-        another task of meta-training drew from the same dataset.
+        another task of meta-training drew from the same dataset, in whatever version
+        or configuration.
         """
         if any(_alike(task, other) for other in self.trained_on):
             return "task"
-        dataset = getattr(task, "dataset", None)
-        used = {getattr(other, "dataset", None) for other in self.trained_on}
-        return "data" if dataset is not None and dataset in used else ""
+        used = {_source(other) for other in self.trained_on}
+        return "data" if _source(task) in used - {None} else ""
 
 
 def find(name: str) -> Contender:
@@ -110,6 +111,12 @@ def find_all(names: list[str]) -> list[Contender]:
 def _label(path: pathlib.Path) -> str:
     """Names a file by its folder where meta-training has named the file itself."""
     return path.resolve().parent.name if path.stem == "theta" else path.stem
+
+
+def _source(task: Task) -> str | None:
+    """Returns where the images of a task come from, None if it has none."""
+    dataset = getattr(task, "dataset", None)
+    return None if dataset is None else data.source(dataset)
 
 
 def _alike(task: Task, other: Task) -> bool:

@@ -1,5 +1,6 @@
 """The results on disk: one line per run, found by the content of what it depends on."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -13,6 +14,7 @@ from experiments.compare.contenders import Contender
 from experiments.compare.running import EVAL_BATCHES, Cost, Curve, Lane
 from metaopt.registry import to_config
 from metaopt.task import Task
+from tasks import data
 
 # Raised when a rule or a task computes something else than before under the same
 # configuration; results of another number are not used.
@@ -22,8 +24,9 @@ NUMERICS = 1
 class Store:
     """The runs of one contender on one task, in one file of JSON lines.
 
-    A run is found by a hash of the task's configuration, the rule's and the checksum
-    of its weights, the setting, the seed, the length and `NUMERICS`: whatever else a
+    A run is found by a hash of the task's configuration, how its images were prepared
+    if that is not the same for everyone, the rule's configuration and the checksum of
+    its weights, the setting, the seed, the length and `NUMERICS`: whatever else a
     comparison holds, a run is computed once. Lines are appended; one that was cut
     short is passed over, so that a comparison can be killed at any moment.
     """
@@ -55,6 +58,9 @@ class Store:
             "seed": seed,
             "batches": EVAL_BATCHES,
         }
+        dataset = getattr(task, "dataset", None)
+        if dataset is not None and dataset not in data.DATASETS:
+            self._about["images"] = dataclasses.asdict(data.info(dataset))
         self._found: dict[str, Any] = {}
         if path.exists():
             for line in path.read_bytes().split(b"\n"):

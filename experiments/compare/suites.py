@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import tasks
 from metaopt.task import Task
+from tasks import data
 
 
 class Entry(NamedTuple):
@@ -121,3 +122,28 @@ SUITES: dict[str, dict[str, Entry]] = {
     "laptop": _suite(400, _DIGITS, _SMALL, long=(*_LONG, "sinusoid", "two-moons")),
     "full": _suite(1000, _DIGITS, _MORE_DIGITS, _WITHOUT_IMAGES, _OTHER_IMAGES),
 }
+
+# Larger images are reduced to it: a comparison trains hundreds of networks.
+_SIDE = 32
+
+
+def on_dataset(dataset: str, num_steps: int) -> dict[str, Entry]:
+    """Returns an MLP and a convolutional network for a dataset, images at most 32x32.
+
+    Args:
+        dataset: a name that `tasks.data.load` takes; "emnist/letters" gives the tasks
+            "emnist-letters-mlp" and "emnist-letters-conv".
+        num_steps: steps per run.
+
+    Raises:
+        ValueError: if there is no such dataset or it is not prepared.
+
+    >>> list(on_dataset("mnist", 400))
+    ['mnist-mlp', 'mnist-conv']
+    """
+    height, width, _ = data.info(dataset).shape
+    size = _SIDE if max(height, width) > _SIDE else None
+    mlp = tasks.ImageMLP(dataset, widths=(128, 128), image_size=size)
+    conv = tasks.ImageConv(dataset, batch_size=64, image_size=size)
+    label = data.label(dataset)
+    return _suite(num_steps, {f"{label}-mlp": mlp, f"{label}-conv": conv}, long=())

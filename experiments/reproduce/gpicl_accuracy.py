@@ -27,7 +27,7 @@ def tests_of(
     unseen = dataclasses.replace(
         family, num_tasks=None, first_task=_UNSEEN, project_prob=1.0, split="test"
     )
-    size = family.image_size or data.DATASETS[family.dataset].shape[0]
+    size = family.image_size or data.info(family.dataset).shape[0]
     found: dict[str, FunctionFamily] = {
         "seen": seen,
         "unseen": unseen,
