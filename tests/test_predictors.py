@@ -164,7 +164,7 @@ def test_trees_of_scikit_learn():
     np.testing.assert_array_equal(classes, ONE_HOT)
     stump = predict(GreedyTree(max_depth=1), X, Y, X)
     assert len(np.unique(stump)) == 2
-    scaled = X * RNG.uniform(0.5, 2.0, size=X.shape)
+    scaled = X * np.random.default_rng(1).uniform(0.5, 2.0, size=X.shape)
     signs = GreedyTree(signs=True)
     np.testing.assert_array_equal(predict(signs), predict(signs, scaled))
     boosted = predict(GradientBoosting(trees=100), X, Y, X)
@@ -249,15 +249,15 @@ def test_the_bayes_ridge_is_the_best_ridge(noise):
 
 
 def test_the_risk_of_the_bayes_ridge():
-    counts, d = [10, 40], 20
+    rng, counts, d = np.random.default_rng(1), [10, 40], 20
     ridge, linear = bayes_ridge(1.0), Linear(dim=d, noise=1.0)
     result = compare(linear, {"": ridge}, counts, KEY, num_episodes=3000)[""]
     for row, count in enumerate(counts):
-        x = RNG.normal(size=(500, count, d))
+        x = rng.normal(size=(2000, count, d))
         posterior = np.linalg.inv(x.swapaxes(1, 2) @ x + np.eye(d))
         exact = np.mean(np.trace(posterior, axis1=1, axis2=2) + 1.0) / d
-        margin = 4 * result.errors[row].std() / np.sqrt(3000)
-        assert abs(result.mean[row] - exact) < margin
+        margin = 3 * result.errors[row].std() / np.sqrt(3000)
+        assert abs(result.mean[row] - exact) < margin, (result.mean[row], exact, margin)
 
 
 def test_comparison_of_host_and_device():
