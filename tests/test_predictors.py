@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from metaopt.baselines import Baseline
 from metaopt.fewshot import (
     Averaging,
     GDPlusPlus,
@@ -185,6 +187,40 @@ def test_training_from_scratch_is_training():
     w = np.asarray(start["head"]["w"])[:, 0]
     w = w - 0.1 * 2 * X.T @ (X @ w - Y) / 12
     np.testing.assert_allclose(one, X_QUERY @ w, rtol=1e-4, atol=1e-5)
+
+
+def test_training_from_scratch_takes_optimizers_of_optax():
+    model = Network(widths=(4,))
+    chain = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05))
+    scratch = TrainFromScratch(model, chain, steps=7)
+    assert hash(scratch) == hash(TrainFromScratch(model, chain, steps=7))
+    params = model.init(jax.random.split(KEY, 3)[0], jnp.asarray(X, jnp.float32))
+    state = chain.init(params)
+    for _ in range(7):
+        grads = jax.grad(model.loss)(params, *(jnp.float32(a) for a in (X, Y)))
+        updates, state = chain.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    exact = model.apply(params, jnp.float32(X_QUERY))
+    np.testing.assert_allclose(
+        predict(scratch.predictor()), exact, rtol=1e-4, atol=1e-5
+    )
+    # In a comparison, beside the same rule by its name.
+    named = TrainFromScratch(model, Fixed("adam", (("learning_rate", 0.05),)), steps=7)
+    given = TrainFromScratch(model, optax.adam(0.05), steps=7)
+    predictors = {"named": named.predictor(), "given": given.predictor()}
+    results = compare(Linear(dim=3), predictors, [4], KEY, num_episodes=3)
+    np.testing.assert_allclose(*(r.errors for r in results.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lbfgs", [optax.lbfgs(), Baseline("lbfgs")], ids=["optax", "baseline"]
+)
+def test_training_from_scratch_serves_rules_that_search_a_line(lbfgs):
+    line = TrainFromScratch(Network(widths=(), bias=False), lbfgs, steps=20)
+    theta = lbfgs.init_theta(KEY) if isinstance(lbfgs, Baseline) else ()
+    w = np.linalg.lstsq(X, Y, rcond=None)[0]
+    found = predict(line.predictor(theta))
+    np.testing.assert_allclose(found, X_QUERY @ w, rtol=1e-3, atol=1e-4)
 
 
 def test_the_best_step_of_gradient_descent():
