@@ -7,8 +7,17 @@ import pytest
 
 from experiments.config import Outer
 from experiments.reproduce import akyurek, garg
-from metaopt.fewshot import Growth, Points, Transformer
+from experiments.rivals import rivals, unseen
+from metaopt.fewshot import (
+    GradientBoosting,
+    GreedyTree,
+    Growth,
+    NearestNeighbours,
+    Points,
+    Transformer,
+)
 from metaopt.interpret import Probe
+from tasks.function_families import family
 from tasks.linear_families import Linear
 
 
@@ -72,6 +81,21 @@ def test_garg_runs_and_its_baselines_are_exact(tmp_path, monkeypatch):
     for row in rows:
         assert row["least squares"] == pytest.approx(row["exact"], abs=0.12)
         assert row["averaging"] == pytest.approx(row["exact "], rel=0.25)
+
+
+def test_baselines_have_the_settings_of_the_text_not_of_the_code():
+    found = rivals(family("relu-network", dim=4)).traced
+    trained = found["network, Adam"].func.__self__
+    assert (trained.steps, trained.batch_size) == (5000, 10)
+    assert dict(trained.optimizer.hyper) == {"learning_rate": 5e-3}
+    assert found["3 neighbours"] == NearestNeighbours(3) == NearestNeighbours()
+    assert unseen(Linear(dim=5))["noisy targets"].noise == pytest.approx(0.5)
+    pytest.importorskip("sklearn")
+    assert list(rivals(family("decision-tree")).host.values()) == [
+        GreedyTree(max_depth=2),
+        GreedyTree(max_depth=4, signs=True),
+        GradientBoosting(trees=50, max_depth=4, learning_rate=0.1),
+    ]
 
 
 def test_full_sizes_are_those_of_the_papers():
