@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt import validate
-from tasks.regression import Regression, check_subset, draw_subset
+from tasks.regression import Regression, check_subset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +68,25 @@ class Linear(Regression):
         return x @ function
 
 
+class SparseWeights(NamedTuple):
+    """A linear function of the coordinates that come first in a random order.
+
+    Attributes:
+        place: the place of every coordinate in that order, `[d]` int32.
+        weights: a weight for every coordinate, `[d]`, those without a say included.
+    """
+
+    place: jax.Array
+    weights: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class SparseLinear(Regression):
     """Linear functions of a few coordinates with `N(0, 1)` weights and inputs.
 
-    Section 4 of Garg et al., 2022, https://arxiv.org/abs/2208.01066.
+    While the dimension grows (`dims`) the coordinates that matter are drawn among those
+    that are not yet zero. Section 4 and appendix A.2 of Garg et al., 2022,
+    https://arxiv.org/abs/2208.01066.
 
     Attributes:
         dim: input dimension.
@@ -87,6 +101,11 @@ class SparseLinear(Regression):
         super().__post_init__()
         validate.integer("nonzeros", self.nonzeros)
         check_subset("nonzeros", self.nonzeros, self.dim)
+        if self.dims is not None and self.dims.first < self.nonzeros:
+            raise ValueError(
+                "dims must start with at least the nonzeros, got "
+                f"dims.first={self.dims.first} and nonzeros={self.nonzeros}."
+            )
 
     @property
     def num_features(self):
@@ -97,15 +116,22 @@ class SparseLinear(Regression):
         return float(self.nonzeros)
 
     def draw(self, key):
-        subset_key, weight_key = jax.random.split(key)
-        mask = draw_subset(subset_key, self.dim, self.nonzeros)
-        return jnp.where(mask, jax.random.normal(weight_key, (self.dim,)), 0.0)
+        place_key, weight_key = jax.random.split(key)
+        place = jax.random.permutation(place_key, self.dim)
+        return SparseWeights(place, jax.random.normal(weight_key, (self.dim,)))
+
+    def within(self, function, dims):
+        # Behind all that are there, whose order among themselves stays.
+        hidden = jnp.arange(self.dim) >= dims
+        place = function.place + self.dim * hidden
+        return function._replace(place=jnp.argsort(jnp.argsort(place)))
 
     def inputs(self, function, key, count):
         return jax.random.normal(key, (count, self.dim))
 
     def value(self, function, x):
-        return x @ function
+        there = function.place < self.nonzeros
+        return x @ jnp.where(there, function.weights, 0.0)
 
 
 class EasyHardWeights(NamedTuple):

@@ -67,6 +67,11 @@ class Regression(FunctionFamily):
     def value(self, function: chex.ArrayTree, x: jax.Array) -> jax.Array:
         """Evaluates the function without noise at `x`, `[n, d]`; returns `[n]`."""
 
+    def within(self, function: chex.ArrayTree, dims: jax.Array) -> chex.ArrayTree:
+        """Returns the function of a stage with `dims` coordinates, `[]`, not zero."""
+        del dims
+        return function
+
     def sample(self, key):
         function_key, prompt_key = jax.random.split(key)
         prompt = ()
@@ -80,7 +85,9 @@ class Regression(FunctionFamily):
         x = self.inputs(function, x_key, n)
         x_query = self.inputs(function, query_key, self.num_queries)
         if self.dims is not None and isinstance(data, Staged):
-            there = jnp.arange(self.num_features) < self.dims.at(data.step)
+            dims = self.dims.at(data.step)
+            function = self.within(function, dims)
+            there = jnp.arange(self.num_features) < dims
             x, x_query = jnp.where(there, x, 0.0), jnp.where(there, x_query, 0.0)
         if self.prompt is not None:
             x, x_query = self.prompt.inputs(instance.prompt, x, x_query)

@@ -15,7 +15,9 @@ from metaopt.fewshot import (
     Staged,
     Transformer,
 )
+from metaopt.fewshot.episodes import draw_episode
 from tasks.function_families import family
+from tasks.linear_families import SparseLinear
 
 TINY = Transformer(layers=1, heads=2, width=8)
 DIMS, POINTS = Growth(2, 1, every=2), Growth(2, 2, every=3)
@@ -35,6 +37,30 @@ def test_prompts_of_a_step_are_as_large_as_it_says(step, dims, points):
     assert float(jnp.abs(y).min()) > 0
     w = np.linalg.lstsq(np.asarray(x[0]), np.asarray(y[0]))[0]
     np.testing.assert_allclose(x[0] @ w, y[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("step", "dims"), [(0, 3), (4, 5), (99, 6)])
+def test_sparse_functions_live_in_the_dimensions_of_the_step(step, dims):
+    growing = SparseLinear(8, 1, dim=6, nonzeros=2, dims=Growth(3, 1, every=2))
+    data = Staged((), jnp.int32(step))
+    draw = jax.jit(jax.vmap(lambda key: draw_episode(growing, data, key)))
+    x, y, x_query, y_query = jax.device_get(draw(jax.random.split(KEY, 4000)))
+    # The weights by least squares: eight examples determine them.
+    w = np.einsum("edn,en->ed", np.linalg.pinv(x[..., :dims]), y)
+    np.testing.assert_allclose(
+        np.sum(x_query[:, 0, :dims] * w, 1), y_query[:, 0], atol=1e-2
+    )
+    used = np.abs(w) > 1e-4
+    assert np.mean(used.sum(axis=1) == 2) > 0.99
+    # Each of the coordinates that are there as often as the others, and in pairs.
+    spread = 4 * np.sqrt(2 / dims * (1 - 2 / dims) / 4000)
+    np.testing.assert_allclose(used.mean(axis=0), 2 / dims, atol=spread)
+    both = np.mean(used[:, 0] & used[:, dims - 1])
+    pair = 2 / (dims * (dims - 1))
+    assert abs(both - pair) < 4 * np.sqrt(pair * (1 - pair) / 4000)
+    # The zero function has error one at every stage.
+    errors = np.square(y_query) / growing.scale
+    assert abs(errors.mean() - 1.0) < 4 * errors.std() / np.sqrt(4000)
 
 
 def test_the_loss_is_the_mean_over_the_points_that_count():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt.fewshot import Network, as_task
+from metaopt.fewshot import Growth, Network, as_task
 from metaopt.testing import check_task
 from tasks import data as datasets
 from tasks.episodes import ImageEpisodes
@@ -126,10 +126,10 @@ def test_linear_with_uniform_inputs_and_scaled_weights():
 
 def test_sparse_weights():
     instance, episode = draw(SparseLinear(dim=6, nonzeros=2), 3000)
-    used = instance.function != 0
+    used = instance.function.place < 2
     assert (used.sum(axis=1) == 2).all()
     np.testing.assert_allclose(used.mean(axis=0), 1 / 3, atol=0.04)
-    y = np.einsum("end,ed->en", episode.x, instance.function)
+    y = np.einsum("end,ed->en", episode.x, np.where(used, instance.function.weights, 0))
     np.testing.assert_allclose(episode.y, y, atol=1e-5)
 
 
@@ -288,6 +288,7 @@ def test_labels_are_permuted():
         (lambda: Linear(dim=3, num_examples=3, prompt=OrthogonalQuery()), "less than"),
         (lambda: Linear(dim=1, prompt=HalfSubspace()), "dim of at least 2"),
         (lambda: SparseLinear(dim=2), "nonzeros must not exceed"),
+        (lambda: SparseLinear(dims=Growth(2)), "dims.first=2 and nonzeros=3"),
         (lambda: SparseParities(dim=2), "degree must not exceed"),
         (lambda: ImageEpisodes(dataset="digit"), "Did you mean 'digits'"),
         (lambda: ImageEpisodes(train_classes=8, split="test"), None),

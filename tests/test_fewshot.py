@@ -1,5 +1,7 @@
 """Gradient-based meta-learners against nested gradients and closed forms."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,11 +243,10 @@ def test_meta_sgd_starts_as_maml_and_learns_its_rates():
     np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-4)
 
 
-def test_implicit_maml_on_a_quadratic():
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_implicit_maml_on_a_quadratic(damping):
     family = Linear(dim=4, num_examples=8)
-    learner = ImplicitMAML(
-        family, LINE, steps=300, learning_rate=0.1, strength=2.0, solver_steps=10
-    )
+    learner = ImplicitMAML(family, LINE, 300, 0.1, 2.0, 10, damping)
     theta = learner.init_theta(KEY)
     episode, loss = episode_and_loss(learner)
     x, y, x_query, y_query = (np.asarray(a, np.float64) for a in episode)
@@ -256,9 +257,25 @@ def test_implicit_maml_on_a_quadratic():
     error = x_query @ adapted - y_query
     np.testing.assert_allclose(loss(theta), np.mean(error**2), rtol=1e-4)
     g = 2 * x_query.T @ error / len(error)
-    exact = 2.0 * np.linalg.solve(regularised, g)
+    exact = np.linalg.solve((1.0 + damping) * np.eye(4) + hessian / 2.0, g)
     found = jax.grad(loss)(theta)["head"]["w"][:, 0]
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_implicit_maml_is_tested_without_its_penalty():
+    learner = ImplicitMAML(WAVES, SMALL, steps=3)
+    free = dataclasses.replace(learner, strength=0.0)
+    theta = learner.init_theta(KEY)
+    episode, loss = episode_and_loss(free)
+    found, penalised, plain = (
+        each.predictor(theta)(*episode[:3], KEY)
+        for each in (free, learner, MAML(WAVES, SMALL, 3, learner.learning_rate))
+    )
+    np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-6)
+    assert float(jnp.abs(found - penalised).max()) > 1e-3
+    assert np.isfinite(loss(theta))
+    with pytest.raises(ValueError, match="strength must be positive for a meta-grad"):
+        jax.grad(loss)(theta)
 
 
 @pytest.mark.parametrize("optimizer", [SGD, Reptile.optimizer], ids=["sgd", "adam"])
@@ -394,7 +411,8 @@ def test_sinusoids_at_ten_thousand_steps():
         (lambda: MAML(WAVES, WAVES), "model must be a Model"),
         (lambda: MAML(WAVES, SMALL, steps=0), "steps must be at least 1"),
         (lambda: MAML(WAVES, SMALL, learning_rate=-1.0), "learning_rate must lie"),
-        (lambda: ImplicitMAML(WAVES, SMALL, strength=0.0), "strength must lie"),
+        (lambda: ImplicitMAML(WAVES, SMALL, strength=-1.0), "strength must lie"),
+        (lambda: ImplicitMAML(WAVES, SMALL, damping=-1.0), "damping must lie"),
         (lambda: Reptile(WAVES, SMALL, optimizer="adam"), "optimizer must be a Fixed"),
         (lambda: Network(classes=1), "classes must be at least 2"),
         (lambda: Network(widths=8), "widths must be a tuple"),

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -83,6 +84,48 @@ def test_a_prefix_gives_the_same_outputs(model):
     params = model.init(jax.random.key(1), tokens, 2)
     whole = model.apply(params, tokens)
     np.testing.assert_allclose(model.apply(params, tokens[:4]), whole[:4], atol=1e-5)
+
+
+HALF = Transformer(layers=3, heads=2, width=16, init_std=0.25, dtype="bfloat16")
+
+
+def _half_and_whole():
+    """Returns the same model in float32, parameters of both, and tokens."""
+    whole = dataclasses.replace(HALF, dtype="float32")
+    tokens = jax.random.normal(jax.random.key(0), (4, 9, 3))
+    params = HALF.init(jax.random.key(1), tokens[0], 2)
+    return whole, params, tokens
+
+
+def test_bfloat16_gives_the_outputs_of_float32_to_its_digits():
+    whole, params, tokens = _half_and_whole()
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    half, exact = (m.apply_batch(params, tokens) for m in (HALF, whole))
+    assert half.dtype == jnp.float32
+    error = float(jnp.sqrt(jnp.mean(jnp.square(half - exact)) / jnp.var(exact)))
+    # 2**-9 is half the distance of its numbers, relative, for every one of the steps.
+    assert 2**-11 < error < 10 * 2**-9
+
+
+def test_bfloat16_has_gradients_in_float32_that_point_the_same_way():
+    whole, params, tokens = _half_and_whole()
+    loss = lambda params, m: jnp.mean(jnp.square(m.apply_batch(params, tokens) - 1.0))
+    half, exact = (jax.grad(loss)(params, m) for m in (HALF, whole))
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("float32")}
+    a, b = (jax.flatten_util.ravel_pytree(g)[0] for g in (half, exact))
+    cosine = a @ b / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
+    assert 0.999 < float(cosine) < 1.0
+    np.testing.assert_allclose(jnp.linalg.norm(a), jnp.linalg.norm(b), rtol=0.02)
+
+
+@pytest.mark.parametrize("changed", [0, 4, 8])
+def test_bfloat16_hears_nothing_of_later_tokens(changed):
+    _, params, tokens = _half_and_whole()
+    before = HALF.apply_batch(params, tokens)
+    after = HALF.apply_batch(params, tokens.at[:, changed].add(3.0))
+    np.testing.assert_array_equal(after[:, :changed], before[:, :changed])
+    moved = jnp.abs(after - before)[:, changed:].max(axis=(0, 2))
+    assert bool(jnp.all(moved > 1e-3))
 
 
 @pytest.mark.parametrize("model", [LSTM(8), FastWeights(8, heads=2)])
@@ -195,10 +238,12 @@ def test_losses_are_the_squared_errors_over_the_scale():
     np.testing.assert_allclose(learner.losses(silent, points), expected, rtol=1e-5)
 
 
-def test_training_learns_to_remember():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_learns_to_remember(dtype):
     # A question that repeats the only example is answered by looking it up.
     lines = family("linear", dim=1, num_examples=2)
-    learner = InContext(lines, Transformer(2, 2, 16, init_std=0.25), batch_size=64)
+    model = Transformer(2, 2, 16, init_std=0.25, dtype=dtype)
+    learner = InContext(lines, model, batch_size=64)
     seen = []
     meta_train(
         FullUnroll(learner, num_tasks=1),

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from metaopt.baselines import Baseline
 from metaopt.fewshot import (
     Averaging,
     GDPlusPlus,
@@ -164,7 +166,7 @@ def test_trees_of_scikit_learn():
     np.testing.assert_array_equal(classes, ONE_HOT)
     stump = predict(GreedyTree(max_depth=1), X, Y, X)
     assert len(np.unique(stump)) == 2
-    scaled = X * RNG.uniform(0.5, 2.0, size=X.shape)
+    scaled = X * np.random.default_rng(1).uniform(0.5, 2.0, size=X.shape)
     signs = GreedyTree(signs=True)
     np.testing.assert_array_equal(predict(signs), predict(signs, scaled))
     boosted = predict(GradientBoosting(trees=100), X, Y, X)
@@ -185,6 +187,40 @@ def test_training_from_scratch_is_training():
     w = np.asarray(start["head"]["w"])[:, 0]
     w = w - 0.1 * 2 * X.T @ (X @ w - Y) / 12
     np.testing.assert_allclose(one, X_QUERY @ w, rtol=1e-4, atol=1e-5)
+
+
+def test_training_from_scratch_takes_optimizers_of_optax():
+    model = Network(widths=(4,))
+    chain = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05))
+    scratch = TrainFromScratch(model, chain, steps=7)
+    assert hash(scratch) == hash(TrainFromScratch(model, chain, steps=7))
+    params = model.init(jax.random.split(KEY, 3)[0], jnp.asarray(X, jnp.float32))
+    state = chain.init(params)
+    for _ in range(7):
+        grads = jax.grad(model.loss)(params, *(jnp.float32(a) for a in (X, Y)))
+        updates, state = chain.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    exact = model.apply(params, jnp.float32(X_QUERY))
+    np.testing.assert_allclose(
+        predict(scratch.predictor()), exact, rtol=1e-4, atol=1e-5
+    )
+    # In a comparison, beside the same rule by its name.
+    named = TrainFromScratch(model, Fixed("adam", (("learning_rate", 0.05),)), steps=7)
+    given = TrainFromScratch(model, optax.adam(0.05), steps=7)
+    predictors = {"named": named.predictor(), "given": given.predictor()}
+    results = compare(Linear(dim=3), predictors, [4], KEY, num_episodes=3)
+    np.testing.assert_allclose(*(r.errors for r in results.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lbfgs", [optax.lbfgs(), Baseline("lbfgs")], ids=["optax", "baseline"]
+)
+def test_training_from_scratch_serves_rules_that_search_a_line(lbfgs):
+    line = TrainFromScratch(Network(widths=(), bias=False), lbfgs, steps=20)
+    theta = lbfgs.init_theta(KEY) if isinstance(lbfgs, Baseline) else ()
+    w = np.linalg.lstsq(X, Y, rcond=None)[0]
+    found = predict(line.predictor(theta))
+    np.testing.assert_allclose(found, X_QUERY @ w, rtol=1e-3, atol=1e-4)
 
 
 def test_the_best_step_of_gradient_descent():
@@ -249,15 +285,15 @@ def test_the_bayes_ridge_is_the_best_ridge(noise):
 
 
 def test_the_risk_of_the_bayes_ridge():
-    counts, d = [10, 40], 20
+    rng, counts, d = np.random.default_rng(1), [10, 40], 20
     ridge, linear = bayes_ridge(1.0), Linear(dim=d, noise=1.0)
     result = compare(linear, {"": ridge}, counts, KEY, num_episodes=3000)[""]
     for row, count in enumerate(counts):
-        x = RNG.normal(size=(500, count, d))
+        x = rng.normal(size=(2000, count, d))
         posterior = np.linalg.inv(x.swapaxes(1, 2) @ x + np.eye(d))
         exact = np.mean(np.trace(posterior, axis1=1, axis2=2) + 1.0) / d
-        margin = 4 * result.errors[row].std() / np.sqrt(3000)
-        assert abs(result.mean[row] - exact) < margin
+        margin = 3 * result.errors[row].std() / np.sqrt(3000)
+        assert abs(result.mean[row] - exact) < margin, (result.mean[row], exact, margin)
 
 
 def test_comparison_of_host_and_device():

@@ -7,8 +7,18 @@ import pytest
 
 from experiments.config import Outer
 from experiments.reproduce import akyurek, garg
-from metaopt.fewshot import Growth, Points, Transformer
+from experiments.reproduce.few_shot_training import train
+from experiments.rivals import rivals, unseen
+from metaopt.fewshot import (
+    GradientBoosting,
+    GreedyTree,
+    Growth,
+    NearestNeighbours,
+    Points,
+    Transformer,
+)
 from metaopt.interpret import Probe
+from tasks.function_families import family
 from tasks.linear_families import Linear
 
 
@@ -72,6 +82,38 @@ def test_garg_runs_and_its_baselines_are_exact(tmp_path, monkeypatch):
     for row in rows:
         assert row["least squares"] == pytest.approx(row["exact"], abs=0.12)
         assert row["averaging"] == pytest.approx(row["exact "], rel=0.25)
+
+
+@pytest.mark.slow
+def test_garg_toy_beats_averaging_and_three_neighbours_everywhere(tmp_path):
+    # Acceptance: five dimensions, 11 points, 5,000 steps of the tiny model.
+    scale = garg.scales(full=False)["linear"]
+    size = scale.family.num_features, scale.family.num_examples, scale.num_steps
+    assert size == (5, 10, 5000)
+    run = train(garg.plan_of(scale), tmp_path / "linear.npz", "linear")
+    theta = jax.tree.map(lambda leaf: leaf[0], run.theta)
+    results = garg.measure(scale.family, garg.learner_of(scale).predictor(theta))
+    model = results[garg.MODEL]
+    np.testing.assert_array_equal(model.num_examples, np.arange(1, 11))
+    for rival in ("averaging", "3 neighbours"):
+        assert (model.high < results[rival].low).all(), rival
+    # Every example helps.
+    assert (np.diff(model.mean) < 0).all() and model.mean[-1] < 0.1
+
+
+def test_baselines_have_the_settings_of_the_text_not_of_the_code():
+    found = rivals(family("relu-network", dim=4)).traced
+    trained = found["network, Adam"].func.__self__
+    assert (trained.steps, trained.batch_size) == (5000, 10)
+    assert dict(trained.optimizer.hyper) == {"learning_rate": 5e-3}
+    assert found["3 neighbours"] == NearestNeighbours(3) == NearestNeighbours()
+    assert unseen(Linear(dim=5))["noisy targets"].noise == pytest.approx(0.5)
+    pytest.importorskip("sklearn")
+    assert list(rivals(family("decision-tree")).host.values()) == [
+        GreedyTree(max_depth=2),
+        GreedyTree(max_depth=4, signs=True),
+        GradientBoosting(trees=50, max_depth=4, learning_rate=0.1),
+    ]
 
 
 def test_full_sizes_are_those_of_the_papers():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.reproduce import command, two_tokens, von_oswald
+from experiments.reproduce import command, sine_features, two_tokens, von_oswald
 from experiments.reproduce.alignment import (
     DIM,
     HALF_WIDTH,
@@ -42,6 +42,7 @@ TINY = von_oswald.Size(
     50,
     64,
     two_tokens.Size(3, 2, 4, 1e-3, 1, points=2),
+    sine_features.Size(2, 4, 1, tasks=32, points=2),
 )
 
 
@@ -163,6 +164,36 @@ def test_a_copying_layer_is_seen_in_its_derivatives():
     assert found["other"] < 1e-3
 
 
+def test_sine_waves_of_the_code_have_one_parameter():
+    x, y = sine_features.draw("code", 500, 0)
+    amplitude, phase = np.linspace(0.1, 0.5, 401), np.linspace(0.0, np.pi, 401)
+    waves = amplitude[:, None, None] * np.sin(x[..., 0] - phase[:, None, None])
+    # Every prompt lies on one of them, up to their distance.
+    errors = np.abs(waves - y[None, ..., 0]).max(axis=-1).min(axis=0)
+    assert errors.max() < 0.006
+    assert np.abs(y).max() > 0.45
+    free = np.asarray(sine_features.draw("paper", 500, 0).y)
+    assert np.abs(free).max() > 4.5
+
+
+def test_the_control_takes_one_step_on_its_features():
+    learner = sine_features.learner_of("paper", "control", 3)
+    theta = learner.init_theta(KEY)
+    assert set(theta) == {"embed", "in", "out"}
+    points = sine_features.draw("paper", 3, 1)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), theta)
+    answers, slopes = sine_features.answers("paper", "control", theta, points)
+    assert slopes.shape == (3,)
+    for x, y, answer in zip(*map(np.asarray, points), answers, strict=True):
+        tokens = np.column_stack([x, np.append(y[:-1], 0.0)]) @ p["embed"]
+        hidden = np.asarray(jax.nn.gelu(tokens @ p["in"]["w"] + p["in"]["b"]))
+        tokens = tokens + hidden @ p["out"]["w"] + p["out"]["b"]
+        features, targets = tokens[:, :-1], tokens[:, -1]
+        weights = features[:-1].T @ targets[:-1] / (10 * 40)
+        expected = weights @ features[-1] - targets[-1]
+        assert float(answer) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
 def test_command_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(von_oswald, "QUICK", TINY)
     arguments = ["von-oswald", "--out", str(tmp_path)]
@@ -171,10 +202,12 @@ def test_command_resumes(tmp_path, monkeypatch):
     (gd, plus), *_ = report["tables"]["Best steps"], None
     assert gd["rule"] == "GD" and plus["rule"] == "GD++"
     assert gd["loss"] == pytest.approx(0.206, rel=0.1)
-    for name in ("training", "beyond", "two-tokens"):
+    *_, waves = report["tables"].values()
+    assert [row["functions"] for row in waves] == ["code", "paper"]
+    for name in ("training", "beyond", "two-tokens", "sine"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npz")}
-    assert len(files) == 5
+    assert len(files) == 9
     assert command.main(arguments) == 0
     assert files == {path: path.stat().st_mtime_ns for path in files}
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.reproduce import two_tokens, von_oswald_plots
+from experiments.reproduce import sine_features, two_tokens, von_oswald_plots
 from experiments.reproduce import von_oswald_tables as tables
 from experiments.reproduce.alignment import (
     DIM,
@@ -40,7 +40,8 @@ CLAIM = (
     "A trained layer of linear attention is one step of gradient descent, with its "
     "loss, predictions and gradients in the question, also between the two and out of "
     "distribution; two tied layers beat two steps and match GD++, which also whitens; "
-    "with inputs and targets in tokens of their own, the first layer learns to copy."
+    "with inputs and targets in tokens of their own, the first layer learns to copy; "
+    "behind a network that makes features of sine waves, it descends on the features."
 )
 PAPER = (
     "Figures, hardly a number: one layer reaches the loss of the best step (0.2047 on "
@@ -90,6 +91,7 @@ class Size(NamedTuple):
         inputs: sets of inputs to fit steps to.
         tasks: prompts of a measurement.
         copying: the training on separate tokens.
+        sine: the training on sine waves.
     """
 
     runs: tuple[Run, ...]
@@ -97,6 +99,7 @@ class Size(NamedTuple):
     inputs: int
     tasks: int
     copying: two_tokens.Size
+    sine: sine_features.Size
 
 
 _OPTIMA = (
@@ -113,6 +116,7 @@ QUICK = Size(
     5000,
     10_000,
     two_tokens.QUICK,
+    sine_features.QUICK,
 )
 FULL = Size(
     tuple(
@@ -129,6 +133,7 @@ FULL = Size(
     20_000,
     10_000,
     two_tokens.FULL,
+    sine_features.FULL,
 )
 
 
@@ -165,6 +170,7 @@ def reproduce(out: pathlib.Path, size: Size) -> dict[str, Any]:
         for rule, key in _rules(run, written).items()
     }
     copying = two_tokens.reproduce(out, size.copying)
+    sine = sine_features.reproduce(out, size.sine)
     levels = {
         (run.name, rule): float(_loss(written[key], _few(size.tasks), run.layers))
         for run in _first_seeds(courses)
@@ -193,6 +199,7 @@ def reproduce(out: pathlib.Path, size: Size) -> dict[str, Any]:
             ),
             "The layer applied again and again": tables.rolled_table(rolled),
             **copying,
+            **sine,
         },
     }
 

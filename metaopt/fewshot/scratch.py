@@ -22,9 +22,32 @@ def train_step(
     y: jax.Array,
 ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
     """Takes one step on the examples; returns the new params and optimizer state."""
-    loss, grads = jax.value_and_grad(model.loss)(params, x, y)
-    updates, opt_state = optimizer.update(theta, grads, opt_state, params, value=loss)
+    value_fn = lambda params: model.loss(params, x, y)
+    loss, grads = jax.value_and_grad(value_fn)(params)
+    updates, opt_state = optimizer.update(
+        theta, grads, opt_state, params, value=loss, value_fn=value_fn
+    )
     return optax.apply_updates(params, updates), opt_state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given(LearnedOptimizer):
+    """An optax transformation as it was given; theta is `()`."""
+
+    tx: optax.GradientTransformation
+
+    def init_theta(self, key):
+        del key
+        return ()
+
+    def init(self, theta, params, *, num_steps=None, key=None):
+        del theta, num_steps, key
+        return self.tx.init(params)
+
+    def update(self, theta, grads, state, params, *, value=None, **extra):
+        del theta
+        tx = optax.with_extra_args_support(self.tx)
+        return tx.update(grads, state, params, value=value, grad=grads, **extra)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +58,13 @@ class TrainFromScratch:
 
     Attributes:
         model: what is trained, from random parameters.
-        optimizer: any optimizer, hand-designed ones as `Fixed`.
+        optimizer: any optimizer, learned or of optax. One of optax can be written to a
+            file as `Fixed` or `Baseline` only, by its name.
         steps: training steps.
         batch_size: examples per step, drawn with replacement; None for all of them.
 
     >>> from metaopt.fewshot import Network
-    >>> from metaopt.optimizers import Fixed
-    >>> adam = Fixed("adam", (("learning_rate", 0.01),))
+    >>> adam = optax.adam(0.01)
     >>> predict = TrainFromScratch(Network(widths=(8,)), adam, steps=5).predictor()
     >>> ones = jax.numpy.ones
     >>> x, y, x_query = ones((5, 3)), ones(5), ones((4, 3))
@@ -50,13 +73,16 @@ class TrainFromScratch:
     """
 
     model: Model
-    optimizer: LearnedOptimizer
+    optimizer: LearnedOptimizer | optax.GradientTransformation
     steps: int = 100
     batch_size: int | None = None
 
     def __post_init__(self):
         validate.instance("model", self.model, Model, "Network()")
-        validate.instance("optimizer", self.optimizer, LearnedOptimizer, "SmallFC()")
+        if not isinstance(self.optimizer, optax.GradientTransformation):
+            validate.instance(
+                "optimizer", self.optimizer, LearnedOptimizer, "optax.adam(1e-3)"
+            )
         validate.integer("steps", self.steps)
         if self.batch_size is not None:
             validate.integer("batch_size", self.batch_size)
@@ -73,7 +99,10 @@ class TrainFromScratch:
     def _predict(self, theta, x, y, x_query, key):
         params_key, optimizer_key, batch_key = jax.random.split(key, 3)
         params = self.model.init(params_key, x)
-        opt_state = self.optimizer.init(
+        optimizer = self.optimizer
+        if not isinstance(optimizer, LearnedOptimizer):
+            optimizer = _Given(optimizer)
+        opt_state = optimizer.init(
             theta, params, num_steps=self.steps, key=optimizer_key
         )
 
@@ -84,7 +113,7 @@ class TrainFromScratch:
                 index = jax.random.randint(key, (self.batch_size,), 0, x.shape[0])
                 x_now, y_now = x[index], y[index]
             after = train_step(
-                self.model, self.optimizer, theta, params, opt_state, x_now, y_now
+                self.model, optimizer, theta, params, opt_state, x_now, y_now
             )
             return after, None
 

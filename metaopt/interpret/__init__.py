@@ -1,11 +1,5 @@
 """What a learned optimizer or an in-context learner computes."""
 
-from metaopt.interpret.agreement import (
-    Agreement,
-    agreement,
-    implied_weights,
-    sensitivities,
-)
 from metaopt.interpret.anomalous_diffusion import (
     LangevinRates,
     Moments,
@@ -19,15 +13,6 @@ from metaopt.interpret.anomalous_diffusion import (
     stationary_moments,
     velocity_correlation,
 )
-from metaopt.interpret.attention_heads import (
-    HeadScores,
-    ablate_head,
-    copying_scores,
-    head_outputs,
-    head_scores,
-    prefix_matching_score,
-    previous_token_score,
-)
 from metaopt.interpret.cell import Cell, as_optax, embedded_cell, separable_cell
 from metaopt.interpret.critical_points import CriticalPoints, critical_points
 from metaopt.interpret.fixed_points import (
@@ -36,7 +21,29 @@ from metaopt.interpret.fixed_points import (
     fixed_points,
     principal_components,
 )
-from metaopt.interpret.interpolation import interpolate, losses_between
+from metaopt.interpret.in_context import (
+    PHASES,
+    Agreement,
+    HeadScores,
+    PhaseChange,
+    Probe,
+    ProbeResult,
+    ablate_head,
+    agreement,
+    copying_scores,
+    head_outputs,
+    head_scores,
+    implied_weights,
+    in_context_score,
+    interpolate,
+    learning_phase,
+    losses_between,
+    phase_change,
+    prefix_matching_score,
+    previous_token_score,
+    probe_layers,
+    sensitivities,
+)
 from metaopt.interpret.linearise import (
     Linear,
     Modes,
@@ -47,14 +54,6 @@ from metaopt.interpret.linearise import (
     optimum,
 )
 from metaopt.interpret.optimizer import Panel, examine, linear_loss
-from metaopt.interpret.phases import (
-    PHASES,
-    PhaseChange,
-    in_context_score,
-    learning_phase,
-    phase_change,
-)
-from metaopt.interpret.probes import Probe, ProbeResult, probe_layers
 from metaopt.interpret.record import Record, record
 from metaopt.interpret.update_functions import (
     Adaptation,
