@@ -19,6 +19,7 @@ from metaopt.stability import (
     rescale,
     scale,
     survival,
+    width_check,
 )
 from metaopt.stability import sequence_problems as sequences
 from metaopt.stability.probe import Level
@@ -151,6 +152,26 @@ def test_equivariance_errors_of_known_rules():
         np.testing.assert_allclose(error, expected, atol=1e-3)
 
 
+def test_coordinate_check_of_a_rule_with_equal_steps():
+    """Of one step of descent by signs, the step of a layer sums over its fan-in.
+
+    The fan-in of the first layer is 2 at any width. All `n` terms of the hidden one
+    have about the same sign, and the logits sum `n` of them, times weights of `n^-1/2`:
+    powers of about 1 and 1.5. MuP divides both away.
+    """
+    signs = subject(optax.sign_sgd(1e-3), name="signs")
+    found = width_check.coordinate_check(
+        signs, (64, 256, 1024), KEY, num_steps=1, num_seeds=4
+    )
+    standard, mup = found["coordinate_slopes"]
+    assert found["coordinate_changes"].shape == (2, 3, 3)
+    assert abs(standard[0]) < 0.1 and standard[1] > 0.6
+    assert abs(standard[2] - 1.5) < 0.2
+    np.testing.assert_allclose(mup, 0.0, atol=0.15)
+    text = width_check.told(found)
+    assert f"{standard[2]:+.2f} (standard)" in text
+
+
 @pytest.mark.slow
 def test_scale_verdicts():
     probe = scale.ScaleProbe(
@@ -163,6 +184,11 @@ def test_scale_verdicts():
     measured = probe.measure(sgd(0.5), KEY)
     assert probe.judge(measured, {}).level is Level.PASS
     assert measured["batch_size_final"].shape == (1, 1)
+    reason = probe.judge(measured, {}).reason
+    # Its update follows the loss: ten times the unit is wrong by nine times itself.
+    assert "units of 10: loss 9," in reason and "Over batch 8 to 8" in reason
+    lost = measured | {"batch_size_final": np.full((1, 1), np.nan)}
+    assert "at least -inf% of the loss go" in probe.judge(lost, {}).reason
     short = dataclasses.replace(probe, sizes=())
     assert probe.judge(short.measure(sgd(2.5), KEY), {}).level is Level.FAIL
 
