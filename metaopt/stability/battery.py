@@ -118,7 +118,8 @@ class BatteryProbe(Probe):
 
         T1 differs from home by the data alone, so nothing may go wrong; the 10% are the
         bound of the literature for architectures an optimizer never saw. The divergence
-        is that of S7; no reference has one in T1 or T2. T3 and T4 are shown and not
+        is that of S7; no reference has one in T1, and in T2 momentum has at most one
+        in fifteen runs. T3 and T4 are shown and not
         judged: the step that a valley needs says little about networks, even where it
         is scaled to a sharpness that gradient descent can bear, and gradient descent
         with momentum leaves the equilibrium of a game.

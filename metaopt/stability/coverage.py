@@ -224,6 +224,7 @@ class CoverageProbe(Probe):
     code: ClassVar[str] = "S15"
     title: ClassVar[str] = "Input coverage"
     question: ClassVar[str] = "Are the optimizer's inputs like those it knows?"
+    has_references: ClassVar[bool] = False
 
     home: Task = MOONS
     away: tuple[tuple[str, Task], ...] = (("bowl", BOWL),)
