@@ -1,11 +1,16 @@
 """S11, S12, S13: slices, gradient variance and reverse engineering."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from metaopt.estimators import FullES
+from metaopt.learner import StepOut
+from metaopt.stability import directions
 from metaopt.stability import estimator_noise as noise
 from metaopt.stability import gradient_variance as variance
 from metaopt.stability.landscape import local_minima, roughness, smooth
@@ -58,6 +63,61 @@ def test_slices_of_gradient_descent_on_a_bowl_are_its_closed_form():
     wanted = np.stack([losses[:2].mean(axis=0), losses.mean(axis=0)])
     np.testing.assert_allclose(found.lines[:, 0], wanted, rtol=1e-5)
     np.testing.assert_allclose(found.plane[:, :, 1], wanted, rtol=1e-5)
+    # Nothing is orthogonal to the only direction, which the others follow or oppose.
+    np.testing.assert_allclose(found.lines[:, 1], np.tile(wanted[:, 1:2], 3), rtol=1e-5)
+    np.testing.assert_allclose(found.lines[:, 2], wanted[:, ::-1], rtol=1e-5)
+    along = np.abs(found.lines[:, 3] - wanted).max() < 1e-5
+    assert along or np.abs(found.lines[:, 3] - wanted[:, ::-1]).max() < 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Sloped:
+    """A learner whose every loss is `slopes @ theta`."""
+
+    slopes: tuple[float, ...] = (3.0, -4.0)
+    horizon: int = 20
+
+    def load(self):
+        return ()
+
+    def init_theta(self, key):
+        return jnp.zeros(len(self.slopes))
+
+    def reset(self, theta, data, key, *, length):
+        return jnp.int32(0)
+
+    def step(self, theta, state, data, key):
+        loss = theta @ jnp.array(self.slopes)
+        return state + 1, StepOut(loss, jnp.float32(1.0))
+
+
+def test_iterates_of_pes_go_down_a_slope():
+    problem = MetaProblem(Sloped(), jnp.zeros(2))
+    way = jax.jit(
+        lambda k: directions.pes_difference(problem, (), k, trajectories=200)
+    )(KEY)
+    np.testing.assert_allclose(way, [-0.6, 0.8], atol=0.15)
+
+
+def test_top_covariance_of_estimates_on_a_slope():
+    """The estimate is `e e^T g` with `e ~ N(0, I)`: covariance `|g|^2 I + g g^T`."""
+    problem = MetaProblem(Sloped(), jnp.zeros(2))
+    way = jax.jit(lambda k: directions.top_covariance(problem, (), k, draws=2000))(KEY)
+    assert abs(float(way @ jnp.array([0.6, -0.8]))) > 0.98
+    flat = MetaProblem(Sloped((0.0, 0.0)), jnp.zeros(2))
+    np.testing.assert_array_equal(directions.top_covariance(flat, (), KEY), [0.0, 0.0])
+
+
+@pytest.mark.parametrize("draws", [8, 24])
+def test_top_covariance_with_fewer_and_more_draws_than_dimensions(draws):
+    problem = MetaProblem(Sloped(tuple(np.linspace(-2.0, 2.0, 16))), jnp.zeros(16))
+    estimator = FullES(problem.learner, num_tasks=1, std=directions.STD)
+    rows = jax.vmap(lambda k: estimator.estimate(problem.theta, (), (), k)[0].grad)(
+        jax.random.split(KEY, draws)
+    )
+    singular = np.linalg.svd(rows - np.mean(rows, axis=0))[2][0]
+    way = directions.top_covariance(problem, (), KEY, draws=draws)
+    assert abs(way @ singular) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_unit_refuses_what_has_no_direction():
@@ -174,12 +234,12 @@ def test_verdicts_on_slices():
     probe = SliceProbe()
 
     def measured(raw, smoothed):
-        rough = np.ones((2, 3, 1, 2))
+        rough = np.ones((2, 3, 1, 4))
         rough[0], rough[1] = raw, smoothed
         return {
             "lengths": np.array([100]),
             "roughness": rough,
-            "minima": np.zeros((2, 3, 1, 2)),
+            "minima": np.zeros((2, 3, 1, 4)),
             "sigmas": np.array([0.0, 0.03]),
         }
 

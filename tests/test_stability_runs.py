@@ -12,13 +12,16 @@ import pytest
 from metaopt.optimizers import STAR, Celo2, SmallFC
 from metaopt.stability import (
     battery,
+    classical,
     coverage,
     fault_probe,
     faults,
     horizon,
     rescale,
+    residual,
     scale,
     survival,
+    width_check,
 )
 from metaopt.stability import sequence_problems as sequences
 from metaopt.stability.probe import Level
@@ -27,6 +30,7 @@ from metaopt.stability.subject import subject
 from metaopt.stability.survival import NEVER, kaplan_meier
 from metaopt.stability.system import System
 from metaopt.testing import check_task
+from tests import published_functions
 
 KEY = jax.random.key(0)
 TINY = MoonsNet(widths=(3,), batch_size=8, samples=16)
@@ -151,6 +155,26 @@ def test_equivariance_errors_of_known_rules():
         np.testing.assert_allclose(error, expected, atol=1e-3)
 
 
+def test_coordinate_check_of_a_rule_with_equal_steps():
+    """Of one step of descent by signs, the step of a layer sums over its fan-in.
+
+    The fan-in of the first layer is 2 at any width. All `n` terms of the hidden one
+    have about the same sign, and the logits sum `n` of them, times weights of `n^-1/2`:
+    powers of about 1 and 1.5. MuP divides both away.
+    """
+    signs = subject(optax.sign_sgd(1e-3), name="signs")
+    found = width_check.coordinate_check(
+        signs, (64, 256, 1024), KEY, num_steps=1, num_seeds=4
+    )
+    standard, mup = found["coordinate_slopes"]
+    assert found["coordinate_changes"].shape == (2, 3, 3)
+    assert abs(standard[0]) < 0.1 and standard[1] > 0.6
+    assert abs(standard[2] - 1.5) < 0.2
+    np.testing.assert_allclose(mup, 0.0, atol=0.15)
+    text = width_check.told(found)
+    assert f"{standard[2]:+.2f} (standard)" in text
+
+
 @pytest.mark.slow
 def test_scale_verdicts():
     probe = scale.ScaleProbe(
@@ -163,6 +187,11 @@ def test_scale_verdicts():
     measured = probe.measure(sgd(0.5), KEY)
     assert probe.judge(measured, {}).level is Level.PASS
     assert measured["batch_size_final"].shape == (1, 1)
+    reason = probe.judge(measured, {}).reason
+    # Its update follows the loss: ten times the unit is wrong by nine times itself.
+    assert "units of 10: loss 9," in reason and "Over batch 8 to 8" in reason
+    lost = measured | {"batch_size_final": np.full((1, 1), np.nan)}
+    assert "at least -inf% of the loss go" in probe.judge(lost, {}).reason
     short = dataclasses.replace(probe, sizes=())
     assert probe.judge(short.measure(sgd(2.5), KEY), {}).level is Level.FAIL
 
@@ -258,6 +287,8 @@ TASKS = {
     "transformer": sequences.TransformerNet(width=4, length=3, batch_size=2),
     "coder": sequences.GratingsCoder(widths=(4,), code=2, samples=4, batch_size=2),
     "duel": sequences.Duel(dim=1),
+    "residual": residual.ResidualNet(channels=2, blocks=1, samples=4, batch_size=2),
+    "classical": classical.Classical("rastrigin", 2),
 }
 
 
@@ -286,6 +317,49 @@ def test_gradient_of_the_duel_is_that_of_the_players():
     np.testing.assert_allclose(gradient, [[0.5 * 3 + 2], [0.5 * 2 - 3]])
 
 
+@pytest.mark.parametrize("name", classical.FUNCTIONS)
+def test_classical_functions_are_the_published_ones(name):
+    dim, function = 5, classical.FUNCTIONS[name]
+    published = getattr(published_functions, name.replace("-", "_"))
+    lowest = -39.16616570377142 * dim if name == "styblinski-tang" else 0.0
+    factor = function.scale * (dim if name == "ackley" else 1.0)
+    task = classical.Classical(name, dim)
+    place = task.sample(KEY)
+    np.testing.assert_allclose(
+        place.rotation @ place.rotation.T, np.eye(dim), atol=1e-6
+    )
+    for params in jax.random.uniform(KEY, (4, dim), minval=-4.0, maxval=4.0):
+        x = function.centre + place.rotation @ (params - place.shift)
+        wanted = factor * (published([float(v) for v in x]) - lowest)
+        loss = task.loss(params, (), place, KEY)[0]
+        np.testing.assert_allclose(loss, wanted, rtol=1e-4)
+    # At the minimum the derivative is finite, also that of Ackley's cone.
+    slope = jax.grad(lambda p: task.loss(p, (), place, KEY)[0])(place.shift)
+    assert np.isfinite(slope).all()
+    if name != "styblinski-tang":
+        assert abs(task.loss(place.shift, (), place, KEY)[0]) < 1e-10
+
+
+def test_a_block_whose_last_convolution_is_zero_adds_nothing():
+    task = residual.ResidualNet(channels=3, blocks=2, samples=4)
+    batch = task.batch(task.sample(KEY), (), KEY)
+    params = task.init((), KEY)
+    for name in ("block_0", "block_1"):
+        params[name]["second"] *= 0.0
+    stem = jax.lax.conv_general_dilated(
+        batch.x,
+        params["stem"],
+        (2, 2),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    head = params["head"]
+    wanted = stem.reshape(4, 16, 3).mean(axis=1) @ head["w"] + head["b"]
+    np.testing.assert_allclose(task.predict(params, batch.x), wanted, atol=1e-5)
+    params["block_1"]["second"] += 0.1
+    assert np.abs(task.predict(params, batch.x) - wanted).max() > 1e-2
+
+
 def curves(*rows):
     curves = np.array(rows, float)[:, None, :]
     return {
@@ -307,6 +381,11 @@ def test_scores_of_the_battery():
     lost = curves([4, np.nan, np.nan, np.nan], [4, 3, 2, 1])
     assert battery.normalised_finals(lost, {"adam": adam})[0, 0] == 2.0
     assert np.isnan(battery.speed_ups(mine, {})).all()
+    # Last on the first problem and tied with the other on the second; NaN is last.
+    same = curves([4, 3, 2, 1], [4, 3, 1, 0.5])
+    ranks, field = battery.ranks_among(mine, {"adam": adam, "other": same, "own": mine})
+    assert field == 3 and ranks[:, 0].tolist() == [3.0, 1.5]
+    assert battery.ranks_among(lost, {"adam": adam})[0][0, 0] == 2.0
     middle, low, high = battery.iqm_interval(np.array([[0.0, 1.0, 2.0, 9.0]] * 5))
     assert middle == 1.5 and low < middle < high
     probe = battery.BatteryProbe()

@@ -19,9 +19,12 @@ from experiments import backend, subjects
 from experiments.console import UsageError
 from metaopt.optimizers import SmallFC
 from metaopt.stability import field, records, references, results, suite
+from metaopt.stability.coverage import CoverageProbe
 from metaopt.stability.horizon import HorizonProbe
+from metaopt.stability.lyapunov import LyapunovProbe
 from metaopt.stability.probe import Level, Verdict
 from metaopt.stability.problems import Bowl
+from metaopt.stability.references import __main__ as references_command
 from metaopt.stability.report import page, write_report
 from metaopt.stability.reverse import ReverseProbe
 from metaopt.stability.subject import subject
@@ -201,6 +204,10 @@ def test_references_are_those_of_the_same_sizes(tmp_path, monkeypatch):
     found = report.results[0].references["adam"]
     np.testing.assert_array_equal(found["full batch/y"], [0, 1, 2])
     assert report.missing == ("S2",)
+    command = "python -m metaopt.stability.references --suite quick --only S2"
+    assert report.missing_command == command
+    assert command in page(report)
+    assert run(Told()).missing_command == ""
     assert run(Told(value=0.1)).missing == ("S1",)
     assert run(Told(), suite="full").missing == ("S1",)
 
@@ -261,6 +268,37 @@ def test_the_three_headlines():
     assert none.text == "not measured" and none.value is None
 
 
+def test_adam_of_the_quick_sizes_stands_in_for_a_rate_per_step():
+    probe = LyapunovProbe.full()
+    known = references.load("quick", LyapunovProbe())
+    adam = LyapunovProbe().judge(known["adam"], known).value
+    verdict = Verdict(Level.PASS, 0.004, 0.005, "So.")
+    found = results.Result(probe, verdict, {"x": np.ones(1)}, {}, {}, 1.0)
+    (headline, _, _) = report_of(found).headlines()
+    assert headline.value == pytest.approx(0.004 - adam)
+    assert "of the quick suite" in headline.note
+    (unknown, _, _) = report_of(finding("S5", {"x": np.ones(1)}, 0.01)).headlines()
+    assert unknown.text == "not measured"
+
+
+def test_a_probe_without_references_is_not_missing_any():
+    verdict = Verdict(Level.PASS, 0.0, 0.05, "So.")
+    found = results.Result(CoverageProbe(), verdict, {"x": np.ones(1)}, {}, {}, 1.0)
+    assert report_of(found).missing == ()
+
+
+def test_chosen_references_are_measured_and_written(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "package"
+    folder.mkdir()
+    monkeypatch.setattr(references, "__file__", str(folder / "__init__.py"))
+    monkeypatch.setattr(references, "_FOLDER", folder)
+    monkeypatch.setitem(suite.PROBES, "S1", Told)
+    arguments = ["--only", "S1", "--optimizers", "adam", "lion"]
+    assert references_command.main([*arguments, "--work", str(tmp_path)]) == 0
+    assert "S1 adam: PASS" in capsys.readouterr().out
+    assert set(references.load("quick", Told())) == {"adam", "lion"}
+
+
 def test_json_is_strict_and_complete():
     odd = finding("S1", {"x": np.ones(1)}, math.inf)
     text = json.dumps(report_of(odd).as_json(), allow_nan=False)
@@ -268,7 +306,7 @@ def test_json_is_strict_and_complete():
     found = json.loads(json.dumps(run(*EVERY).as_json(), allow_nan=False))
     assert set(found) == {
         "format", "name", "suite", "seed", "level", "exit_status", "headlines",
-        "probes", "missing_references", "command", "facts",
+        "probes", "missing_references", "missing_command", "command", "facts",
     }  # fmt: skip
     assert [p["level"] for p in found["probes"]] == [
         "PASS", "WARN", "FAIL", "ERROR", "NA",

@@ -53,20 +53,46 @@ def test_search_knows_always_and_never(offset, radius):
 def test_gradient_descent_breaks_where_its_bound_is():
     # Curvature 10 and rate 0.1: factors below 2 are stable, above 2 they are not.
     sgd = subject(optax.sgd(0.1), name="sgd")
-    for knob in (0, 2):
-        below = np.zeros(6, np.float32)
+    for name in ("curvature", "gradient scale", "width"):
+        knob = worst_case.KNOBS.index(name)
+        below = np.zeros(7, np.float32)
         below[knob] = np.log10(2.0) - 0.02
         above = below.copy()
         above[knob] += 0.04
         assert float(badness(sgd, below)) < 0 < float(badness(sgd, above))
     # A delay of one step moves the bound on rate times curvature from 2 to 1.
-    late = np.array([-0.05, 0, 0, 0, 1.0, 0], np.float32)
+    late = np.array([-0.05, 0, 0, 0, 1.0, 0, 0], np.float32)
     assert float(badness(sgd, late)) < 0
     late[0] = 0.05
     assert float(badness(sgd, late)) > 0
     # Noise far above the start leaves the loss above it.
-    loud = np.array([0, 0, 0, 3.0, 0, 0], np.float32)
+    loud = np.array([0, 0, 0, 3.0, 0, 0, 0], np.float32)
     assert float(badness(sgd, loud)) > 0
+
+
+def wide_layer(width, *, dim=2, steps=200):
+    """Gradient descent on all units `[dim, width]` of sums with curvature 10 and 0.1.
+
+    Returns:
+        `log10` of the largest of the last losses over the first.
+    """
+    h = np.array([10.0, 0.1])[:dim]
+    start_key, _ = jax.random.split(jax.random.key(0))
+    sums = np.asarray(jax.random.normal(start_key, (dim,)), float)
+    x, losses = np.tile(sums[:, None] / width, width), []
+    for _ in range(steps):
+        losses.append(0.5 * np.sum(h * x.sum(axis=1) ** 2))
+        x = x - 0.02 * (h * x.sum(axis=1))[:, None]
+    return np.log10(max(losses[-steps // 10 :]) / losses[0])
+
+
+@pytest.mark.parametrize("width", [4, 11])
+def test_one_unit_stands_for_all_of_a_wide_layer(width):
+    knobs = jnp.zeros(7).at[6].set(np.log10(width)).at[3].set(-30.0)
+    found = worst_case.badness_on_quadratics(
+        subject(optax.sgd(0.02)), knobs, jax.random.key(0), num_steps=200, dim=2
+    )
+    assert float(found) == pytest.approx(wide_layer(width), abs=0.01)
 
 
 def test_twice_over_the_bound_and_ascent_fail():

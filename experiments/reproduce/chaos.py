@@ -51,7 +51,7 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
         for name, found in noise.items()
     }
     stable, chaotic = (f"sgd, rate {r:g}" for r in (RATES[0], RATES[-1]))
-    rough = {n: float(np.median(c["roughness"][0, :, -1])) for n, c in cuts.items()}
+    rough = {n: float(np.median(c["roughness"][0, :, -1, :2])) for n, c in cuts.items()}
     last = [row for row in rows if row["inner steps"] == lengths[-1]]
     ratios = {row["optimizer"]: row["backprop over ES"] for row in last}
     return {
@@ -95,8 +95,12 @@ def spread_rows(name: str, found: dict[str, np.ndarray]) -> list[dict[str, Any]]
 
 
 def rough_rows(name: str, cut: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Returns a row per unroll length: the roughness under every smoothing."""
-    median = np.median(cut["roughness"], axis=(1, 3))
+    """Returns a row per unroll length: the roughness under every smoothing.
+
+    It is the median over problems and the first two lines, gradient and random, as in
+    the paper.
+    """
+    median = np.median(cut["roughness"][..., :2], axis=(1, 3))
     minima = np.median(cut["minima"][0], axis=(0, 2))
     rows = []
     for j, length in enumerate(cut["lengths"]):

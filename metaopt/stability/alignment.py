@@ -15,6 +15,7 @@ import optax
 from metaopt import validate
 from metaopt.stability.probe import Arrays, Level, Probe, Verdict
 from metaopt.stability.problems import Bowl, MoonsNet, draw_moons
+from metaopt.stability.spread import spread
 from metaopt.stability.subject import Subject
 from metaopt.stability.system import LoopState, System
 from metaopt.task import Task
@@ -236,16 +237,18 @@ class AlignmentProbe(Probe):
         value = shares[name]
         others = [np.median(r[f"{name}/downhill"]) for r in references.values()]
         limit = max(0.25, 0.8 * float(min(others))) if others else 0.25
-        ratio = float(np.median(measured[f"{name}/actual over predicted"]))
+        share = spread(measured[f"{name}/downhill"], ".0%")
+        ratio = spread(measured[f"{name}/actual over predicted"], ".2g")
         reason = (
-            f"{100 * value:.0f}% of the updates point downhill ({name}); the loss "
-            f"falls {ratio:.2g} times as much as they predict."
+            f"{share} of the updates point downhill on the {name} problem; the loss "
+            f"falls {ratio} times as much as they predict."
         )
         if value < 0.25:
             return Verdict(Level.FAIL, value, 0.25, reason)
         kept = float(np.median(measured["quadratic/actual over predicted"]))
         if not kept > 0.0:
-            reason = f"The loss of the quadratic falls {kept:.2g} times as predicted."
+            times = spread(measured["quadratic/actual over predicted"], ".2g")
+            reason = f"The loss of the quadratic falls {times} times as predicted."
             return Verdict(Level.FAIL, kept, 0.0, reason)
         level = Level.WARN if value < limit else Level.PASS
         return Verdict(level, value, limit, reason)

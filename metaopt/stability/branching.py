@@ -22,6 +22,7 @@ from metaopt.stability.lyapunov import (
 )
 from metaopt.stability.probe import Arrays, Level, Probe, Verdict
 from metaopt.stability.problems import MoonsNet
+from metaopt.stability.spread import ranged, spread
 from metaopt.stability.subject import Subject
 from metaopt.stability.system import LoopState, System
 
@@ -282,17 +283,17 @@ class BranchingProbe(Probe):
         """
         late, losses = measured["exponents"][..., 3], measured["losses"]
         out = ~(late <= 0.05) | ~(losses <= 1.0)
-        border = np.nonzero(out.mean(axis=(0, 2)) >= 0.5)[0]
-        factor = float(measured["multipliers"][border[0]]) if border.size else math.inf
+        factor = _first_factor(measured["multipliers"], out.mean(axis=(0, 2)))
         lost = int(np.sum(measured["solutions"] < 0))
         if lost:
             reason = f"{lost} of {measured['solutions'].size} branches are not finite."
             return Verdict(Level.FAIL, factor, 1.0, reason)
-        count = int(np.median(measured["solutions"].max(axis=1) + 1))
+        count = spread(measured["solutions"].max(axis=1) + 1, ".3g")
+        each = [_first_factor(measured["multipliers"], x) for x in out.mean(axis=2)]
         where = (
-            f"Training turns chaotic or worse than guessing at {factor:.3g} times the "
-            "updates"
-            if border.size
+            "Training turns chaotic or worse than guessing at "
+            f"{ranged(factor, each)} times the updates"
+            if math.isfinite(factor)
             else f"Training holds up to {measured['multipliers'][-1]:.3g} times the "
             "updates"
         )
@@ -325,3 +326,9 @@ class BranchingProbe(Probe):
             ylabel="factor on all updates",
         )
         axes.figure.colorbar(mesh, ax=axes, label="late exponent per step")
+
+
+def _first_factor(multipliers: np.ndarray, lost: np.ndarray) -> float:
+    """Returns the least factor at which half of the starts are lost, inf if none."""
+    border = np.flatnonzero(lost >= 0.5)
+    return float(multipliers[border[0]]) if border.size else math.inf

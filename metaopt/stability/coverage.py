@@ -17,6 +17,7 @@ from metaopt.optimizers.small_fc import SmallFC
 from metaopt.stability.horizon import BOWL, MOONS
 from metaopt.stability.probe import Level, Probe, Verdict
 from metaopt.stability.problems import GratingsNet, MoonsNet
+from metaopt.stability.spread import spread
 from metaopt.stability.system import System
 from metaopt.task import Task
 
@@ -223,6 +224,7 @@ class CoverageProbe(Probe):
     code: ClassVar[str] = "S15"
     title: ClassVar[str] = "Input coverage"
     question: ClassVar[str] = "Are the optimizer's inputs like those it knows?"
+    has_references: ClassVar[bool] = False
 
     home: Task = MOONS
     away: tuple[tuple[str, Task], ...] = (("bowl", BOWL),)
@@ -288,10 +290,12 @@ class CoverageProbe(Probe):
         problem should look foreign. A hand-designed rule has learned nothing, so that
         the probe does not apply to it.
         """
-        shares = np.median(measured["share"].mean(axis=-1), axis=-1)
+        runs = measured["share"].mean(axis=-1)
+        shares = np.median(runs, axis=-1)
         places = [str(name) for name in measured["places"]]
         told = ", ".join(
-            f"{share:.1%} ({name})" for name, share in zip(places, shares, strict=True)
+            f"{name} {spread(each, '.1%')}"
+            for name, each in zip(places, runs, strict=True)
         )
         reason = f"Coordinates beyond the 99.9th percentile of the inputs: {told}."
         value = float(shares[:2].max())

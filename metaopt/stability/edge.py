@@ -19,6 +19,7 @@ from metaopt.stability.margin import flat_update, hessian_product
 from metaopt.stability.probe import Level, Probe, Verdict
 from metaopt.stability.problems import Bowl, MoonsNet
 from metaopt.stability.spectrum import arnoldi, ritz_values, symmetric_ritz_values
+from metaopt.stability.spread import ranged
 from metaopt.stability.system import LoopState, System
 from metaopt.task import Task
 
@@ -160,12 +161,14 @@ class EdgeProbe(Probe):
         worst = int(np.argmax(ratio))
         value = float(ratio[worst])
         name = measured["problems"][worst]
+        runs = np.median(measured["ratio"][worst][:, half], axis=-1)
+        told = ranged(value, runs)
         if (beyond & (change > 1.1)).any():
             return Verdict(
                 Level.FAIL,
                 value,
                 1.5,
-                f"On {name} the sharpness is {value:.3g} times what the optimizer can "
+                f"On {name} the sharpness is {told} times what the optimizer can "
                 "bear, and the loss rises.",
             )
         if (beyond & (change > 0.95)).any():
@@ -173,7 +176,7 @@ class EdgeProbe(Probe):
                 Level.WARN,
                 value,
                 1.5,
-                f"On {name} the sharpness stays {value:.3g} times above what the "
+                f"On {name} the sharpness stays {told} times above what the "
                 "optimizer can bear, and the loss does not fall.",
             )
         outcome = "" if value <= 1.5 else ", but the loss falls"
@@ -181,7 +184,7 @@ class EdgeProbe(Probe):
             Level.PASS,
             value,
             1.5,
-            f"The sharpness is {value:.3g} times what the optimizer can bear{outcome}.",
+            f"The sharpness is {told} times what the optimizer can bear{outcome}.",
         )
 
     def plot(self, measured, references, axes):

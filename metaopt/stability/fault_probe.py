@@ -13,6 +13,7 @@ from metaopt.stability.faults import Fault, inject
 from metaopt.stability.horizon import MOONS
 from metaopt.stability.probe import Level, Probe, Verdict
 from metaopt.stability.problems import GratingsNet
+from metaopt.stability.spread import spread
 from metaopt.stability.subject import Subject
 from metaopt.stability.system import System
 from metaopt.task import Task
@@ -246,12 +247,13 @@ class FaultProbe(Probe):
                 Level.FAIL,
                 plain,
                 0.9 * float(np.median(start)),
-                f"Without any fault the loss goes from {np.median(start):.2g} to "
-                f"{plain:.2g}; there is nothing to recover.",
+                f"Without any fault the loss goes from {spread(start, '.2g')} to "
+                f"{spread(measured['final'][0], '.2g')}; there is nothing to recover.",
             )
         spike = names.index(_SPIKE)
         length = float(measured["length"])
-        recovery = float(np.median(measured["recovery"][spike])) / length
+        recoveries = np.asarray(measured["recovery"][spike], float) / length
+        recovery = float(np.median(recoveries))
         others = [
             float(np.median(m["recovery"][spike])) / float(m["length"])
             for m in references.values()
@@ -264,7 +266,7 @@ class FaultProbe(Probe):
             return Verdict(Level.FAIL, recovery, limit, f"{text} by the end.{told}")
         level = Level.PASS if recovery <= limit else Level.WARN
         text = "After one gradient of ten times its size training needs"
-        text = f"{text} {recovery:.1%} of the run to recover."
+        text = f"{text} {spread(recoveries, '.1%')} of the run to recover."
         return Verdict(level, recovery, limit, text + told)
 
     def plot(self, measured, references, axes):
@@ -286,10 +288,10 @@ class FaultProbe(Probe):
 
 def _worst(measured) -> str:
     """Names the three faults with the largest excess loss."""
-    excess = np.median(measured["excess"], axis=-1)
-    excess = np.where(np.isfinite(excess), excess, np.inf)
-    order = np.argsort(-excess)[:3]
-    return ", ".join(f"{measured['faults'][i]} ({excess[i]:+.2g})" for i in order)
+    excess = np.where(np.isfinite(measured["excess"]), measured["excess"], np.inf)
+    order = np.argsort(-np.median(excess, axis=-1))[:3]
+    told = [f"{measured['faults'][i]} {spread(excess[i], '+.2g')}" for i in order]
+    return ", ".join(told)
 
 
 def _without_value(subject: Subject, task: Task) -> str:

@@ -12,6 +12,7 @@ from metaopt.stability import estimator_noise as noise
 from metaopt.stability.meta_problem import meta_problem
 from metaopt.stability.probe import Arrays, Level, Probe, Verdict
 from metaopt.stability.problems import MoonsNet
+from metaopt.stability.spread import ranged, spread
 
 NAMES = tuple(noise.COST)
 WINDOWED = ("truncated backprop", "truncated ES", "PES", "NRES")
@@ -139,11 +140,11 @@ class GradientVarianceProbe(Probe):
             reason = f"Gradients through {longest} steps are not finite.{advice}"
             return Verdict(Level.FAIL, np.inf, GROWTH, reason)
         ratio = backprop[-1] / max(evolution[-1], 1e-300)
-        low, high = np.min(measured["std"][0, -1]), np.max(measured["std"][0, -1])
+        rates = [growth_per_decade(lengths, x) for x in measured["std"][0].T]
         text = (
-            f"Over {longest} inner steps gradients spread by {backprop[-1]:.2g} (range "
-            f"{low:.2g} to {high:.2g}), {ratio:.2g} times evolution strategies, and "
-            f"{growth:.2g} times more per decade."
+            f"Over {longest} inner steps gradients spread by "
+            f"{spread(measured['std'][0, -1], '.2g')}, {ratio:.2g} times evolution "
+            f"strategies, and {ranged(growth, rates, '.2g')} times more per decade."
         )
         wrong = int(growth > GROWTH) + int(not ratio <= 1.0)
         level = (Level.PASS, Level.WARN, Level.FAIL)[wrong]

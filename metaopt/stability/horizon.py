@@ -10,6 +10,7 @@ import numpy as np
 from metaopt import validate
 from metaopt.stability.probe import Level, Probe, Verdict
 from metaopt.stability.problems import Bowl, GratingsNet, MoonsNet
+from metaopt.stability.spread import ranged
 from metaopt.stability.subject import Subject
 from metaopt.stability.survival import NEVER, kaplan_meier, watched_rollout
 from metaopt.stability.system import System
@@ -163,14 +164,14 @@ class HorizonProbe(Probe):
                 f"{horizon:.0f} steps; {share:.0%} of all runs stay well.",
             )
         if "told" in measured:
-            worst = _worst_plan(measured)
+            worst, each = _worst_plan(measured)
             if not worst <= 2.0:
                 return Verdict(
                     Level.WARN,
                     worst,
                     2.0,
                     "Told a wrong number of steps, it ends with up to "
-                    f"{worst:.2g} times the loss.",
+                    f"{ranged(worst, each, '.2g')} times the loss.",
                 )
         return Verdict(
             Level.PASS,
@@ -199,9 +200,15 @@ class HorizonProbe(Probe):
         axes.legend()
 
 
-def _worst_plan(measured) -> float:
-    """Returns the largest ratio of final losses, told a wrong length over the right."""
-    loss = measured["told_loss"]
-    loss = np.median(np.where(np.isfinite(loss), loss, 1e30), axis=-1)
+def _worst_plan(measured) -> tuple[float, np.ndarray]:
+    """Returns the largest ratio of final losses, told a wrong length over the right.
+
+    It is that of the medians over seeds; beside it those of each seed, `[seeds]`.
+    """
+    each = np.where(np.isfinite(measured["told_loss"]), measured["told_loss"], 1e30)
+    loss = np.median(each, axis=-1)
     floor = 0.01 * np.abs(measured["loss"][:, :, 0]).mean(axis=-1)
-    return float(np.max((loss[1:] + floor) / (loss[0] + floor)))
+    ratio = (loss[1:] + floor) / (loss[0] + floor)
+    worst = np.unravel_index(np.argmax(ratio), ratio.shape)
+    lift = floor[:, None]
+    return float(ratio[worst]), ((each[1:] + lift) / (each[0] + lift))[worst]

@@ -12,6 +12,7 @@ from metaopt import _tree
 from metaopt.stability.probe import Level, Probe, Verdict
 from metaopt.stability.problems import Bowl, GratingsNet, MoonsNet, Valley
 from metaopt.stability.spectrum import Krylov, arnoldi, ritz_values, spectral_norm
+from metaopt.stability.spread import ranged
 from metaopt.stability.system import LoopState, System, split_floats
 from metaopt.task import Task
 
@@ -208,6 +209,9 @@ class JacobianProbe(Probe):
         radius = np.median(measured["radius"], axis=1)
         late = measured["checkpoints"] >= 0.8 * measured["loss"].shape[-1]
         lasting = radius[:, late].min(axis=1)
+        told = lambda i: ranged(
+            lasting[i], measured["radius"][i][:, late].min(axis=1), ".4g"
+        )
         rise = np.median(_rise(measured["loss"]), axis=1)
         bad = (lasting > 1.005) & (rise > 1.1) | ~np.isfinite(lasting)
         if bad.any():
@@ -217,25 +221,30 @@ class JacobianProbe(Probe):
                 float(lasting[worst]),
                 1.005,
                 f"On {measured['problems'][worst]} the spectral radius stays above "
-                f"{lasting[worst]:.4g} while the loss grows by a factor of "
-                f"{rise[worst]:.3g}.",
+                f"{told(worst)} while the loss grows by a factor of "
+                f"{ranged(rise[worst], _rise(measured['loss'][worst]))}.",
             )
-        growth = float(np.nanmax(np.median(measured["growth"], axis=1)))
+        growths = np.median(measured["growth"], axis=1)
+        known = np.where(np.isnan(growths), -np.inf, growths)
+        steepest = np.unravel_index(np.argmax(known), growths.shape)
+        growth = float(growths[steepest])
+        grown = ranged(growth, np.moveaxis(measured["growth"], 1, -1)[steepest])
         if not growth <= 1e6:
             return Verdict(
                 Level.WARN,
                 growth,
                 1e6,
-                f"A small change of the parameters grows by {growth:.2g} within "
+                f"A small change of the parameters grows by {grown} within "
                 f"{measured['lengths'].max()} steps.",
             )
         largest = float(lasting.max())
-        text = f"No lasting growth: late spectral radius {largest:.4g}"
+        radius_told = told(int(np.argmax(lasting)))
+        text = f"No lasting growth: late spectral radius {radius_told}"
         if largest > 1.005:
             text = (
-                f"The late spectral radius is {largest:.4g}, yet the loss does not rise"
+                f"The late spectral radius is {radius_told}, yet the loss does not rise"
             )
-        text += f", and a change of the parameters grows by {growth:.3g} at most."
+        text += f", and a change of the parameters grows by {grown} at most."
         return Verdict(Level.PASS, largest, 1.005, text)
 
     def plot(self, measured, references, axes):

@@ -14,6 +14,7 @@ import numpy as np
 from metaopt import validate
 from metaopt.stability.probe import Arrays, Level, Probe, Verdict
 from metaopt.stability.problems import MoonsNet
+from metaopt.stability.spread import spread
 from metaopt.stability.subject import Subject
 from metaopt.stability.system import System, split_floats
 
@@ -295,7 +296,8 @@ class LyapunovProbe(Probe):
             return Verdict(Level.FAIL, value, 0.05, reason)
         adam = references.get("adam")
         limit = max(0.005, 1.5 * _largest(adam, name) if adam else 0.0)
-        text = f"The largest late exponent is {value:+.4f} per step ({name})"
+        late = spread(measured[f"{name}/late"][:, 0], "+.4f")
+        text = f"The largest late exponent on the {name} problem is {late} per step"
         if value <= limit:
             reason = f"{text}: small errors stay small."
             return Verdict(Level.PASS, value, limit, reason)
@@ -304,10 +306,12 @@ class LyapunovProbe(Probe):
         finals = [np.median(r[f"{name}/final loss"]) for r in references.values()]
         good = bool(finals) and loss <= 1.05 * min(finals)
         text += f": an error grows by e in {1 / value:.2g} steps"
+        end = spread(measured[f"{name}/final loss"])
         if not loss <= first or (value > 0.05 and not good):
-            reason = f"{text}, and the loss ends at {loss:.3g} after {first:.3g}."
+            start = spread(measured[f"{name}/first loss"])
+            reason = f"{text}, and the loss ends at {end} after {start}."
             return Verdict(Level.FAIL, value, 0.05, reason)
-        reason = f"{text}, while the loss still ends at {loss:.3g}."
+        reason = f"{text}, while the loss still ends at {end}."
         return Verdict(Level.WARN, value, limit, reason)
 
     def plot(

@@ -14,6 +14,7 @@ from metaopt.optimizers.star import STAR
 from metaopt.stability.probe import Arrays, Level, Probe, Verdict
 from metaopt.stability.problems import Bowl, MoonsNet
 from metaopt.stability.spectrum import arnoldi, spectral_norm, symmetric_ritz_values
+from metaopt.stability.spread import ranged, spread
 from metaopt.stability.subject import Subject, subject
 from metaopt.stability.system import LoopState, System, split_floats
 from metaopt.task import Task
@@ -245,41 +246,48 @@ class MarginProbe(Probe):
             return Verdict(
                 Level.FAIL, np.nan, 0.0, "The gain along the run is not finite."
             )
-        secant = np.median(measured["secant"], axis=(1, 2)).min()
+        secants = np.median(measured["secant"], axis=(1, 2))
+        secant = secants.min()
+        # Of each run the median over its checkpoints.
+        told = lambda x, i: ranged(np.median(x[i]), np.median(x[i], axis=-1))
+        downhill = told(measured["secant"], int(np.argmin(secants)))
         if not secant > 0.0:
             return Verdict(
                 Level.FAIL,
                 float(secant),
                 0.0,
-                f"Steps go uphill: the median gain along the gradient is {secant:.3g}.",
+                f"Steps go uphill: the median gain along the gradient is {downhill}.",
             )
         size = np.maximum(np.abs(measured["highest"]), 1e-30)
-        lowest = np.median(measured["lowest"] / size, axis=(1, 2)).min()
+        lows = measured["lowest"] / size
+        lowest = np.median(lows, axis=(1, 2)).min()
         if lowest < -1.0:
             return Verdict(
                 Level.WARN,
                 float(lowest),
                 -1.0,
                 f"Goes downhill on the whole, but the gain in some directions is "
-                f"{lowest:.3g} times the largest.",
+                f"{told(lows, np.argmin(np.median(lows, axis=(1, 2))))} times the "
+                "largest.",
             )
-        used = measured["highest"] * measured["sharpness"] / 2.0
-        used = np.median(used, axis=(1, 2))
+        shares = measured["highest"] * measured["sharpness"] / 2.0
+        used = np.median(shares, axis=(1, 2))
         if _is_exact(measured) and used[0] > 1.0:
             return Verdict(
                 Level.FAIL,
                 float(used[0]),
                 1.0,
-                f"Each step is {used[0]:.3g} times what the curvature of the bowl "
+                f"Each step is {told(shares, 0)} times what the curvature of the bowl "
                 "allows, and the rule has no memory that could help.",
             )
+        bound = told(shares, int(np.argmax(used)))
         used = used.max()
         if used > 10.0:
             return Verdict(
                 Level.WARN,
                 float(used),
                 10.0,
-                f"The largest gain is {used:.3g} times what the curvature allows a "
+                f"The largest gain is {bound} times what the curvature allows a "
                 "rule without memory.",
             )
         cosine = float(np.median(measured["cosine"]))
@@ -288,14 +296,15 @@ class MarginProbe(Probe):
                 Level.WARN,
                 cosine,
                 -0.7,
-                f"The black box cancels the nominal term (cosine {cosine:.2f}).",
+                "The black box cancels the nominal term, cosine "
+                f"{spread(measured['cosine'], '.2f')}.",
             )
         return Verdict(
             Level.PASS,
             float(used),
             10.0,
-            f"Steps go downhill (gain along the gradient {secant:.3g}) and the "
-            f"largest gain is {used:.2g} times the bound of a rule without memory.",
+            f"Steps go downhill, gain along the gradient {downhill}, and the largest "
+            f"gain is {bound} times the bound of a rule without memory.",
         )
 
     def plot(self, measured, references, axes):

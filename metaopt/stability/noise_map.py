@@ -16,6 +16,7 @@ from metaopt.stability.quadratics import (
     linear_family,
     loop_at,
 )
+from metaopt.stability.spread import ranged, spread
 from metaopt.stability.system import System
 
 
@@ -117,20 +118,25 @@ class NoiseMapProbe(Probe):
                 f"Diverges on {share:.0%} of the quadratics with curvature up to "
                 f"{limit:g}, first at {h:.2g}.",
             )
-        late = np.median(measured["quarters"][..., 3], axis=-1)[:, rows]
+        each = measured["quarters"][..., 3][:, rows]
+        late = np.median(each, axis=-1)
         adam = _late(references.get("adam"), late, rows)
         noise = measured["noise"]
         # A ball shows only where the mean has arrived: where the run without noise,
         # the first, ends far inside of it.
         arrived = late[:, :, :1] < 0.1 * late
-        ball = np.max(np.where(arrived, late / np.maximum(adam, noise + 1e-9), 0.0))
+        usual = np.maximum(adam, noise + 1e-9)
+        balls = np.where(arrived, late / usual, 0.0)
+        worst = np.unravel_index(np.argmax(balls), balls.shape)
+        ball = balls[worst]
         if ball > 10.0:
+            told = ranged(ball, each[worst] / usual[worst])
             return Verdict(
                 Level.WARN,
                 float(ball),
                 10.0,
-                f"Stays bounded, but its noise ball is {ball:.3g} times as large as "
-                "the noise and as Adam's.",
+                f"Stays bounded, but its noise ball is {told} times as large as the "
+                "noise and as Adam's.",
             )
         start = np.median(measured["start"], axis=-1)[:, rows]
         stuck = (late > 0.5 * start) & (adam < 0.5 * start)
@@ -143,7 +149,8 @@ class NoiseMapProbe(Probe):
                 f"Stays bounded, but keeps more than half of its distance on "
                 f"{stuck.mean():.0%} of the quadratics without noise.",
             )
-        border = f"{critical:.3g}" if np.isfinite(critical) else "none up to 1e6"
+        found = np.full(1, critical) if _is_exact(measured) else measured["critical"]
+        border = spread(found) if np.isfinite(critical) else "none up to 1e6"
         return Verdict(
             Level.PASS,
             critical,
@@ -176,8 +183,12 @@ class NoiseMapProbe(Probe):
 
 def _critical_curvature(measured) -> float:
     """Returns the exact one of a linear optimizer, else the median of those found."""
-    exact = float(measured["critical_exact"])
-    return float(np.median(measured["critical"])) if np.isnan(exact) else exact
+    exact = _is_exact(measured)
+    return float(np.median(measured["critical_exact" if exact else "critical"]))
+
+
+def _is_exact(measured) -> bool:
+    return not np.isnan(float(measured["critical_exact"]))
 
 
 def _theory(loop: Loop) -> tuple[float, float]:

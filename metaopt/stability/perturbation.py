@@ -16,6 +16,7 @@ from metaopt import validate
 from metaopt._tree import normal_like
 from metaopt.stability.probe import Arrays, Level, Probe, Verdict
 from metaopt.stability.problems import MoonsNet
+from metaopt.stability.spread import spread
 from metaopt.stability.subject import Subject
 from metaopt.stability.system import LoopState, System
 
@@ -245,13 +246,16 @@ class PerturbationProbe(Probe):
                 return Verdict(Level.FAIL, math.nan, 0.05, reason)
             worst = max(worst, float(end))
         half = float(ends[-1])
-        pair = PAIRS[int(np.argmax(ends[:-1]))]
-        text = f"{100 * worst:.2g}% of what the net learned depends on {pair}"
+        place = int(np.argmax(ends[:-1]))
+        shares = 100.0 * measured["outputs"][:, :, -1]
+        # In per cent, and not by that format: it has no significant digits.
+        depends = spread(shares[:, place], ".2g")
+        text = f"{depends} per cent of what the net learned depends on {PAIRS[place]}"
         if worst >= 0.5:
             return Verdict(Level.FAIL, worst, 0.5, f"{text}: rounding decides.")
         if worst >= 0.05:
             return Verdict(Level.WARN, worst, 0.05, f"{text}.")
-        text += f"; bfloat16 gradients change {100 * half:.2g}%"
+        text += f"; bfloat16 gradients change {spread(shares[:, -1], '.2g')} per cent"
         level = Level.PASS if half < 0.5 else Level.WARN
         return Verdict(level, worst, 0.05, f"{text}.")
 

@@ -58,6 +58,8 @@ class Probe(abc.ABC):
     question: ClassVar[str]
     # Whether to run in float64, as far as the optimizer itself does.
     double: ClassVar[bool] = False
+    # Whether reference optimizers can be measured; S15 asks learned rules only.
+    has_references: ClassVar[bool] = True
 
     @classmethod
     def full(cls) -> "Probe":

@@ -218,7 +218,10 @@ def _footer(report: Report) -> str:
     gone = ", ".join(map(_text, report.missing))
     note = (
         f"\n<p>The reference optimizers are missing for {gone}: they were not measured "
-        "in these sizes, so what is relative to them is left out.</p>"
+        "in these sizes, so what is relative to them is left out and absolute limits "
+        "hold. This measures them for this installation; with "
+        "<code>--optimizers adam</code> Adam alone:</p>"
+        f"\n<pre>{_text(report.missing_command)}</pre>"
         if gone
         else ""
     )

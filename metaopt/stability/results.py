@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metaopt.stability import references
 from metaopt.stability.probe import Arrays, Level, Probe, Verdict
 
 FORMAT = 1
@@ -100,7 +101,19 @@ class Report:
     def missing(self) -> tuple[str, ...]:
         """Codes of the probes for which no reference optimizer was measured."""
         return tuple(
-            r.probe.code for r in self.results if r.measured and not r.references
+            r.probe.code
+            for r in self.results
+            if r.measured and not r.references and r.probe.has_references
+        )
+
+    @property
+    def missing_command(self) -> str:
+        """What measures the references of `missing`, "" if there are none."""
+        if not self.missing:
+            return ""
+        module = references.__name__
+        return (
+            f"python -m {module} --suite {self.suite} --only {' '.join(self.missing)}"
         )
 
     def find(self, code: str) -> Result | None:
@@ -136,6 +149,7 @@ class Report:
             },
             "probes": [as_json(result) for result in self.results],
             "missing_references": list(self.missing),
+            "missing_command": self.missing_command,
             "command": self.command,
             "facts": dict(self.facts),
         }
@@ -189,15 +203,32 @@ def _exponent(result: Result | None) -> Headline:
     if result is None:
         return _missing(key, title, "Probe S5 gave no numbers.")
     own = float(result.verdict.value)
-    if "adam" not in result.others:
-        why = f"Its own is {own:+.4f} per step; that of Adam is not known in this size."
+    other, whose = _adam_value(result)
+    if other is None:
+        why = f"Its own is {own:+.4f} per step; that of Adam is not known."
         return _missing(key, title, why)
-    other = float(result.others["adam"].value)
     if not math.isfinite(own):
-        note = f"Its exponent is not finite, that of Adam is {other:+.4f} per step."
+        note = f"Its exponent is not finite, that of {whose} is {other:+.4f} per step."
         return Headline(key, title, math.inf, "not finite", note)
-    note = f"{own:+.4f} per step, Adam {other:+.4f}; above 0 small errors grow faster."
+    note = f"{own:+.4f} per step, {whose} {other:+.4f}"
+    note += "; above 0 small errors grow faster."
     return Headline(key, title, own - other, f"{own - other:+.4f}", note)
+
+
+def _adam_value(result: Result) -> tuple[float | None, str]:
+    """Returns the value of Adam, and what to call it.
+
+    A rate per step does not depend on the length of the run once it has settled, so
+    that of the quick sizes stands in where these were not measured, and is called so.
+    """
+    if "adam" in result.others:
+        return float(result.others["adam"].value), "Adam"
+    quick = type(result.probe)()
+    known = references.load("quick", quick)
+    if "adam" not in known:
+        return None, ""
+    value = float(quick.judge(known["adam"], known).value)
+    return value, "Adam in the smaller net and shorter runs of the quick suite"
 
 
 def _horizons(result: Result | None) -> Headline:

@@ -9,6 +9,7 @@ from metaopt import validate
 from metaopt.interpret import Panel, examine
 from metaopt.stability.probe import Arrays, Level, Probe, Verdict
 from metaopt.stability.problems import Bowl
+from metaopt.stability.spread import spread
 
 CURVATURES = tuple(float(x) for x in np.logspace(-2.0, 0.0, 8))
 GROWTH, MEMORY, MINORITY, DRIFT = 1.0001, 0.9999, 0.05, 0.01
@@ -84,8 +85,7 @@ class ReverseProbe(Probe):
             reason = "After many steps it makes none any more, whatever the gradient."
             return Verdict(Level.WARN, np.nan, np.nan, reason)
         climbs = measured["climbs"]
-        climb, low, high = (float(f(climbs)) for f in (np.median, np.min, np.max))
-        shares = f"{climb:.0%} (range {low:.0%} to {high:.0%})"
+        climb, shares = float(np.median(climbs)), spread(climbs, ".0%")
         if climb > 0.5:
             reason = f"It answers {shares} of the gradients by a step up the slope."
             return Verdict(Level.FAIL, climb, 0.5, reason)
@@ -93,10 +93,11 @@ class ReverseProbe(Probe):
             reason = "No state at rest was found without gradient."
             return Verdict(Level.WARN, np.nan, np.nan, reason)
         turns, drift = float(np.median(measured["turns"])), float(measured["drift"])
+        turning = spread(measured["turns"], ".0%")
         cases = (
             (largest, MEMORY, f"Its memory fades by only {largest:.6f} per step."),
             (climb, MINORITY, f"It answers {shares} of the gradients upwards."),
-            (turns, MINORITY, f"Its update turns back for {turns:.0%} of gradients."),
+            (turns, MINORITY, f"Its update turns back for {turning} of gradients."),
             (drift, DRIFT, f"It drifts without gradient by {drift:.2g} of a step."),
         )
         for value, threshold, reason in cases:
@@ -104,7 +105,7 @@ class ReverseProbe(Probe):
                 return Verdict(Level.WARN, value, threshold, reason)
         reason = (
             f"Its memory fades (largest effective momentum {largest:.4f}), and it "
-            f"steps down on {1 - climb:.0%} of the gradients."
+            f"steps down on {spread(1 - climbs, '.0%')} of the gradients."
         )
         return Verdict(Level.PASS, largest, GROWTH, reason)
 

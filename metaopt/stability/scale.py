@@ -3,11 +3,13 @@
 import dataclasses
 from typing import ClassVar
 
+import jax
 import numpy as np
 
 from metaopt import validate
+from metaopt.stability import width_check
 from metaopt.stability.horizon import BOWL, MOONS
-from metaopt.stability.probe import Level, Probe, Verdict
+from metaopt.stability.probe import Arrays, Level, Probe, Verdict
 from metaopt.stability.problems import MoonsNet
 from metaopt.stability.rescale import (
     KINDS,
@@ -17,12 +19,15 @@ from metaopt.stability.rescale import (
     stacked,
     sweep,
 )
+from metaopt.stability.spread import ranged, spread
 from metaopt.stability.subject import Subject
 from metaopt.stability.system import System
 from metaopt.task import Task
 
 _EQUIVARIANT = ("loss", "global", "tensor", "element")
 _GOOD = 0.9
+# Errors of the update are told at this factor, and drawn between these bounds.
+_TOLD_AT, _DRAWN = 10.0, (1e-4, 1e4)
 
 
 def basin(factors: np.ndarray, progress: np.ndarray) -> tuple[float, float]:
@@ -60,7 +65,7 @@ def progress_of(final: np.ndarray, first: np.ndarray) -> np.ndarray:
 
     Args:
         final: last losses, `[n, seeds]`.
-        first: first losses, `[seeds]`.
+        first: first losses, `[seeds]` or `[n, seeds]`.
     """
     final, first = np.asarray(final, np.float64), np.asarray(first, np.float64)
     final = np.where(np.isfinite(final), final, np.inf)
@@ -80,6 +85,7 @@ class ScaleProbe(Probe):
             that for the others.
         num_seeds: runs per factor.
         sizes: names of size sweeps with their values and problems.
+        widths: widths of the coordinate check; none leaves it out.
     """
 
     code: ClassVar[str] = "S8"
@@ -94,11 +100,14 @@ class ScaleProbe(Probe):
     per_decade: int = 4
     num_seeds: int = 3
     sizes: tuple[tuple[str, tuple[tuple[int, Task], ...]], ...] = ()
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self):
         validate.integer("length", self.length, minimum=10)
         for name in ("per_decade", "num_seeds"):
             validate.integer(name, getattr(self, name))
+        if self.widths:
+            validate.integers("widths", self.widths)
 
     @classmethod
     def full(cls):
@@ -111,6 +120,7 @@ class ScaleProbe(Probe):
             per_decade=6,
             num_seeds=5,
             sizes=(("width", width), ("depth", depth), ("batch", batch)),
+            widths=(64, 256, 1024),
         )
 
     def factors(self, kind: str) -> np.ndarray:
@@ -132,27 +142,35 @@ class ScaleProbe(Probe):
             final, first = sweep(system, changes, key, num_seeds=self.num_seeds)
             finals.append(np.split(np.asarray(final), ends))
             firsts.append(np.asarray(first))
-            error = equivariance_errors(system, exact, key, length=10)
-            errors.append(np.split(np.asarray(error), cuts))
+            seeds = jax.random.split(key, self.num_seeds)
+            error = [equivariance_errors(system, exact, k, length=10) for k in seeds]
+            errors.append(np.split(np.stack(error, axis=-1), cuts))
         measured["first"] = np.stack(firsts)
         for i, (kind, grid) in enumerate(grids.items()):
             measured[f"{kind}_factors"] = grid
             measured[f"{kind}_final"] = np.stack([final[i] for final in finals])
         for i, kind in enumerate(_EQUIVARIANT):
             measured[f"{kind}_error"] = np.stack([error[i] for error in errors])
+        if self.widths:
+            measured |= width_check.coordinate_check(
+                subject, self.widths, key, num_steps=10, num_seeds=self.num_seeds
+            )
         return measured | self._sizes(subject, key)
 
-    def _sizes(self, subject: Subject, key):
-        """Returns final losses `[sizes, seeds]` of the sweeps over sizes."""
+    def _sizes(self, subject: Subject, key) -> Arrays:
+        """Returns first and final losses `[sizes, seeds]` of the sweeps over sizes."""
         found = {}
         for name, problems in self.sizes:
-            rows = []
+            finals, firsts = [], []
             for _, task in problems:
                 system = System(task, subject, self.length)
                 one = stacked([Change()])
-                rows.append(sweep(system, one, key, num_seeds=self.num_seeds)[0][0])
+                final, first = sweep(system, one, key, num_seeds=self.num_seeds)
+                finals.append(np.asarray(final[0]))
+                firsts.append(np.asarray(first))
             found[f"{name}_values"] = np.array([value for value, _ in problems])
-            found[f"{name}_size_final"] = np.stack([np.asarray(row) for row in rows])
+            found[f"{name}_size_final"] = np.stack(finals)
+            found[f"{name}_size_first"] = np.stack(firsts)
         return found
 
     def judge(self, measured, references):
@@ -164,16 +182,31 @@ class ScaleProbe(Probe):
         WARN if the step size may vary by less than a decade. For the loss scale three
         decades are asked, but never more than the basin of step sizes: a rule that is
         linear in the gradient, such as SGD, cannot tell the two apart.
+
+        Errors of the update in other units, sweeps over width, depth and batch, and the
+        coordinate check are told and not judged: gradient descent, whose step follows
+        the gradient, is wrong in all units and yet healthy, and no limit is known for
+        the sizes, whose losses differ for every optimizer.
         """
         rows = [_basins(measured, i) for i in range(len(measured["tasks"]))]
-        own = max(min(row["own"] for row in rows), -1.0)
-        step = min(row["step"] for row in rows)
+        lowest = min(rows, key=lambda row: row["own"])
+        own = max(lowest["own"], -1.0)
+        narrow = min(rows, key=lambda row: row["step"])
+        step = narrow["step"]
         ratio = min(row["loss"] / max(min(3.0, row["step"]), 0.1) for row in rows)
-        loss = min(row["loss"] for row in rows)
+        small = min(rows, key=lambda row: row["loss"])
+        loss = small["loss"]
+        # The basin of the median run, which need not lie between those of single ones.
+        steps = ranged(step, narrow["step_each"], ".1f", "single runs")
+        scales = ranged(loss, small["loss_each"], ".1f", "single runs")
+        made = ranged(max(own, 0.0), np.maximum(lowest["own_each"], 0.0), ".0%")
         told = (
-            f"Step sizes may vary by {step:.1f} decades and loss scales by {loss:.1f}; "
-            f"its own step size makes {max(own, 0.0):.0%} of the best progress."
+            f"Step sizes may vary by {steps} decades and loss scales by "
+            f"{scales}; its own step size makes {made} of the best progress."
         )
+        told += _told_errors(measured) + _told_sizes(measured)
+        if "coordinate_slopes" in measured:
+            told += f" {width_check.told(measured)}"
         if not own >= 0.25:
             return Verdict(Level.FAIL, own, 0.25, told)
         if step < 1.0:
@@ -183,6 +216,7 @@ class ScaleProbe(Probe):
         return Verdict(Level.PASS, step, 1.0, told)
 
     def plot(self, measured, references, axes):
+        errors = axes.twinx()
         for kind in KINDS:
             factors = measured[f"{kind}_factors"]
             rows = [
@@ -192,26 +226,95 @@ class ScaleProbe(Probe):
                 )
             ]
             label = kind if kind in ("loss", "step", "init") else f"units, {kind}"
-            axes.plot(factors, np.clip(np.min(rows, axis=0), -0.2, None), label=label)
+            shown = np.clip(np.min(rows, axis=0), -0.2, None)
+            (line,) = axes.plot(factors, shown, label=label)
+            if f"{kind}_error" in measured:
+                error = np.clip(_errors(measured, kind), *_DRAWN)
+                colour = line.get_color()
+                errors.plot(factors, error, ":", color=colour, linewidth=1.0)
+        for name in _size_names(measured):
+            values, shown = measured[f"{name}_values"], _size_progress(measured, name)
+            label = f"{name} over {values[0]}"
+            shown = np.clip(np.median(shown, axis=-1), -0.2, None)
+            axes.plot(values / values[0], shown, ".--", linewidth=1.0, label=label)
         axes.axhline(_GOOD, linestyle="--", linewidth=1.0, label="basin")
         axes.set_xscale("log")
+        errors.set_yscale("log")
+        errors.grid(False)
         axes.set_xlabel("factor")
         axes.set_ylabel("share of the best progress, worst problem")
+        errors.set_ylabel("error of the update (dotted)")
         axes.legend()
 
 
-def _basins(measured, task: int) -> dict[str, float]:
-    """Returns progress at the own step size, and widths in decades, of one task."""
-    result = {}
+def _errors(measured: Arrays, kind: str) -> np.ndarray:
+    """Returns the error of the update per factor: worst problem, median over seeds."""
+    return np.max(np.median(measured[f"{kind}_error"], axis=-1), axis=0)
+
+
+def _told_errors(measured: Arrays) -> str:
+    parts = []
+    for kind in _EQUIVARIANT:
+        i = int(np.argmin(np.abs(np.log(measured[f"{kind}_factors"] / _TOLD_AT))))
+        errors = measured[f"{kind}_error"][:, i]
+        worst = errors[np.argmax(np.median(errors, axis=-1))]
+        name = "loss" if kind == "loss" else f"{kind} units"
+        parts.append(f"{name} {spread(worst, '.2g')}")
+    at = f"Relative error of its update in units of {_TOLD_AT:g}"
+    return f" {at}: {', '.join(parts)}."
+
+
+def _size_names(measured: Arrays) -> list[str]:
+    return [n.removesuffix("_values") for n in measured if n.endswith("_values")]
+
+
+def _size_progress(measured: Arrays, name: str) -> np.ndarray:
+    """Returns the share of the first loss that is gone, `[sizes, seeds]`."""
+    final = np.asarray(measured[f"{name}_size_final"], float)
+    first = measured[f"{name}_size_first"]
+    return 1.0 - np.where(np.isfinite(final), final, np.inf) / first
+
+
+def _told_sizes(measured: Arrays) -> str:
+    """Returns a sentence per sweep: what share of the loss goes at the worst size."""
+    text = ""
+    for name in _size_names(measured):
+        progress = _size_progress(measured, name)
+        values = measured[f"{name}_values"]
+        worst = int(np.argmin(np.median(progress, axis=-1)))
+        gone = spread(progress[worst], ".0%")
+        text += (
+            f" Over {name} {values[0]} to {values[-1]} at least {gone} of the loss go, "
+            f"least at {values[worst]}."
+        )
+    return text
+
+
+def _basins(measured: Arrays, task: int) -> dict:
+    """Returns progress at the own step size, and widths in decades, of one task.
+
+    "own", "step" and "loss" are those of the median progress; with "_each" behind,
+    those of each seed, `[seeds]`.
+    """
     first = measured["first"][task]
+    seeds = range(len(first))
+    result: dict = {}
     for kind in ("step", "loss"):
-        factors = measured[f"{kind}_factors"]
-        final = measured[f"{kind}_final"][task]
+        factors, final = measured[f"{kind}_factors"], measured[f"{kind}_final"][task]
         progress = progress_of(final, first)
-        low, high = basin(factors, progress)
-        result[kind] = float(np.log10(high / low))
+        single = [progress_of(final[:, [i]], first[[i]]) for i in seeds]
+        result[kind] = _decades(factors, progress)
+        result[f"{kind}_each"] = [_decades(factors, row) for row in single]
         if kind == "step":
-            lowers = np.median(np.min(np.nan_to_num(final, nan=np.inf), 0) / first) < 1
-            at_one = float(progress[len(factors) // 2])
-            result["own"] = at_one if lowers else -1.0
+            middle = len(factors) // 2
+            lowest = np.min(np.nan_to_num(final, nan=np.inf), 0) / first
+            lowers = np.median(lowest) < 1
+            result["own"] = float(progress[middle]) if lowers else -1.0
+            each = [row[middle] for row in single]
+            result["own_each"] = np.where(lowest < 1, each, -1.0)
     return result
+
+
+def _decades(factors: np.ndarray, progress: np.ndarray) -> float:
+    low, high = basin(factors, progress)
+    return float(np.log10(high / low))

@@ -7,32 +7,32 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from metaopt import validate
 from metaopt._tree import normal_like
 from metaopt.learner import unroll
+from metaopt.stability.directions import pes_difference, top_covariance
 from metaopt.stability.landscape import local_minima, roughness, smooth
 from metaopt.stability.meta_problem import MetaProblem, meta_problem, unit
 from metaopt.stability.probe import Level, Probe, Verdict
 from metaopt.stability.problems import MoonsNet
+from metaopt.stability.spread import spread
 
 ROUGH, SMOOTH = 10.0, 3.0
+DIRECTIONS = ("gradient", "random", "PES iterates", "ES covariance")
 
 
 class Slices(NamedTuple):
     """Meta-losses around theta, at `L` unroll lengths.
 
     Attributes:
-        lines: along the gradient and along a random direction, `[L, 2, n]`.
-        plane: over both, `[L, m, m]`; the first axis is the gradient.
+        lines: along each of `DIRECTIONS`, `[L, 4, n]`.
+        plane: over the first two of them, `[L, m, m]`; the first axis is the gradient.
     """
 
     lines: jax.Array
     plane: jax.Array
-
-
-def _moved(theta, first, second, x, y):
-    return jax.tree.map(lambda t, a, b: t + x * a + y * b, theta, first, second)
 
 
 def meta_loss_slices(
@@ -43,16 +43,16 @@ def meta_loss_slices(
     offsets: np.ndarray,
     plane: np.ndarray,
 ) -> Slices:
-    """Evaluates the meta-loss on two lines and a plane through theta. Pure.
+    """Evaluates the meta-loss on four lines and a plane through theta. Pure.
 
     One run per point serves all lengths: the meta-loss at `T` is the mean of its first
     `T` losses. Directions have norm 1; the first is the gradient of the shortest unroll
     (which is still defined where longer ones explode), the second is random and
-    orthogonal to it.
+    orthogonal to it, the others are those of `directions.py` at the longest unroll.
 
     Args:
         problem: the meta-loss.
-        key: draws the problem and the random direction.
+        key: draws the problem and the random directions.
         lengths: unroll lengths, ascending, up to the horizon of the problem.
         offsets: positions along the lines, `[n]`.
         plane: positions along both axes of the plane, `[m]`.
@@ -72,18 +72,26 @@ def meta_loss_slices(
 
     gradient = unit(jax.grad(lambda x: jnp.mean(losses(x, lengths[0])))(theta))
     random = _orthogonal(normal_like(direction_key, theta, 1.0), gradient)
+    pes_key, es_key = jax.random.split(jax.random.fold_in(direction_key, 1))
+    iterates = pes_difference(problem, data, pes_key)
+    covariance = top_covariance(problem, data, es_key)
+
+    flat, rebuild = ravel_pytree(theta)
+    ways = [ravel_pytree(x)[0] for x in (gradient, random, iterates, covariance)]
+    axes = jnp.stack(ways)
 
     def at(point):
-        return meta_losses(_moved(theta, gradient, random, point[0], point[1]))
+        return meta_losses(rebuild(flat + point @ axes))
 
-    zeros = jnp.zeros(len(offsets))
-    x = jnp.asarray(offsets, zeros.dtype)
-    rows = jnp.stack([jnp.stack([x, zeros], 1), jnp.stack([zeros, x], 1)])
+    x = jnp.asarray(offsets, flat.dtype)
+    # Coordinates along the axes: one line after the other.
+    rows = jnp.eye(len(ways), dtype=x.dtype)[:, None] * x[:, None]
     mesh = jnp.meshgrid(*2 * [jnp.asarray(plane, x.dtype)], indexing="ij")
-    lines = jax.lax.map(at, rows.reshape(-1, 2), batch_size=64)
-    surface = jax.lax.map(at, jnp.stack(mesh, -1).reshape(-1, 2), batch_size=64)
+    points = jnp.pad(jnp.stack(mesh, -1).reshape(-1, 2), ((0, 0), (0, len(ways) - 2)))
+    lines = jax.lax.map(at, rows.reshape(-1, len(ways)), batch_size=64)
+    surface = jax.lax.map(at, points, batch_size=64)
     return Slices(
-        lines.T.reshape(len(lengths), 2, -1),
+        lines.T.reshape(len(lengths), len(ways), -1),
         surface.T.reshape(len(lengths), len(plane), len(plane)),
     )
 
@@ -171,7 +179,7 @@ class SliceProbe(Probe):
         }
 
     def judge(self, measured, references):
-        """Grades the longest unroll, the median over problems of the rougher line.
+        """Grades the longest unroll, the median over problems of the roughest line.
 
         - FAIL: total variation over range above 10, also after smoothing with the
           widest sigma above 3: neither gradients nor evolution strategies get a signal.
@@ -187,10 +195,11 @@ class SliceProbe(Probe):
         found = np.median(measured["roughness"].max(axis=-1), axis=1)[:, -1]
         length, minima = int(measured["lengths"][-1]), measured["minima"][0, :, -1]
         raw, smoothed = float(found[0]), float(found[-1])
-        spread = measured["roughness"][0, :, -1].max(axis=-1)
+        each = measured["roughness"][0, :, -1].max(axis=-1)
+        roughest = int(np.argmax(np.median(measured["roughness"][0, :, -1], axis=0)))
         text = (
-            f"Over {length} inner steps the meta-loss varies {raw:.1f} times its range "
-            f"(range over problems {spread.min():.1f} to {spread.max():.1f})"
+            f"Over {length} inner steps the meta-loss varies "
+            f"{spread(each, '.1f')} times its range, most along {DIRECTIONS[roughest]}"
         )
         if not np.isfinite(raw):
             reason = f"The meta-loss over {length} inner steps is not finite."
@@ -211,6 +220,10 @@ class SliceProbe(Probe):
         x, lines = measured["offsets"], measured["lines"][0, :, 0]
         for length, line in zip(measured["lengths"], lines, strict=True):
             axes.plot(x, line, linewidth=1.0, label=f"{length} inner steps")
+        others = measured["lines"][0, -1, 1:]
+        for name, line in zip(DIRECTIONS[1:], others, strict=True):
+            label = f"{measured['lengths'][-1]} steps, along {name}"
+            axes.plot(x, line, ":", linewidth=1.2, label=label)
         sigma = float(measured["sigmas"][-1])
         smoothed = smooth(lines[-1], float(x[1] - x[0]), sigma)
         label = f"{measured['lengths'][-1]} steps, smoothed by {sigma:g}"
@@ -218,6 +231,8 @@ class SliceProbe(Probe):
         if lines.min() > 0 and lines.max() > 10 * lines.min():
             axes.set_yscale("log")
         axes.locator_params(axis="x", nbins=5)
-        axes.set_xlabel("offset along the meta-gradient, in units of theta")
+        axes.set_xlabel(
+            "offset along a direction, the meta-gradient if unnamed, in units of theta"
+        )
         axes.set_ylabel("meta-loss, mean training loss")
         axes.legend(fontsize="small", frameon=False)

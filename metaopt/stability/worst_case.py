@@ -11,12 +11,13 @@ import numpy as np
 
 from metaopt import validate
 from metaopt.stability.probe import Arrays, Level, Probe, Verdict
+from metaopt.stability.spread import ranged
 from metaopt.stability.subject import Subject
 
 # `badness(knobs)` is positive where the optimizer is broken.
 Badness = Callable[[jax.Array], jax.Array]
 
-KNOBS = ("curvature", "condition", "gradient scale", "noise", "delay", "start")
+KNOBS = ("curvature", "condition", "gradient scale", "noise", "delay", "start", "width")
 _CURVATURE, _CONDITION, _NOISE = 10.0, 100.0, 0.01
 _LONGEST = 6
 
@@ -117,16 +118,20 @@ def badness_on_quadratics(
 
     The problem is a quadratic with noisy gradients of its own. A knob of 1 makes the
     largest curvature, the condition number, the scale of the gradients, the noise or
-    the start ten times larger (-1: smaller), or the gradients one step late.
+    the start ten times larger (-1: smaller), or the gradients one step late, or the
+    layer ten times wider: each coordinate of the quadratic is the sum over `m` equal
+    units, as an output is over the units of a layer, and the parameters are the units.
+    They start `m` times smaller and have the gradient of the sum, so that the sum moves
+    by `m` steps at once. Equal units stay equal, so one of them stands for all.
 
     Args:
         subject: the optimizer.
-        knobs: `[6]` in the order of `KNOBS`.
+        knobs: `[7]` in the order of `KNOBS`.
         key: start and noise.
         num_steps: inner steps.
-        dim: number of parameters.
+        dim: number of coordinates.
     """
-    curvature, condition, scale, noise, delay, start = knobs
+    curvature, condition, scale, noise, delay, start, width = knobs
     exponents = jnp.linspace(0.0, -1.0, dim)
     spread = jnp.maximum(_CONDITION * 10.0**condition, 1.0)
     h = _CURVATURE * 10.0**curvature * spread**exponents
@@ -136,13 +141,14 @@ def badness_on_quadratics(
     whole = late_by.astype(int)
     part = late_by - whole
     start_key, noise_key = jax.random.split(key)
-    x = 10.0**start * jax.random.normal(start_key, (dim,))
+    units = 10.0**width
+    x = 10.0**start * jax.random.normal(start_key, (dim,)) / units
     tx = subject.transformation(num_steps)
-    loss = lambda x: 0.5 * jnp.sum(h * x**2)
+    loss = lambda x: 0.5 * jnp.sum(h * (units * x) ** 2)
 
     def body(carry, key):
         x, state, past = carry
-        past = jnp.concatenate([(h * x)[None], past[:-1]])
+        past = jnp.concatenate([(h * units * x)[None], past[:-1]])
         grads = (1 - part) * past[whole] + part * past[whole + 1]
         grads += std * jax.random.normal(key, (dim,))
         value = loss(x)
@@ -198,8 +204,8 @@ class WorstCaseProbe(Probe):
     code: ClassVar[str] = "S17"
     title: ClassVar[str] = "Worst case"
     question: ClassVar[str] = (
-        "What is the smallest change of curvature, scale, noise, delay or start that "
-        "makes training worse than none?"
+        "What is the smallest change of curvature, scale, noise, delay, start or width "
+        "that makes training worse than none?"
     )
 
     num_steps: int = 200
@@ -245,7 +251,8 @@ class WorstCaseProbe(Probe):
         knobs = measured["knobs"][middle]
         top = np.argsort(-np.abs(knobs))[:2]
         what = " and ".join(f"{KNOBS[i]} {knobs[i]:+.2f}" for i in top)
-        reason = f"The nearest problem that breaks it is {radius:.2g} away ({what})."
+        away = ranged(radius, measured["radius"], ".2g")
+        reason = f"The nearest problem that breaks it is {away} away: {what}."
         level = Level.WARN if radius < 0.05 else Level.PASS
         return Verdict(level, radius, 0.05, reason)
 

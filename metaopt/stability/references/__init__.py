@@ -19,6 +19,7 @@ _LEFT_OUT = {
     "S5": ("minibatch/growth",),
     "S7": ("loss", "grad_norm", "update_norm", "param_norm", "state_norm"),
     "S9": ("curves",),
+    "S11": ("lines", "plane", "offsets"),
 }
 _FOLDER = resources.files("metaopt.stability.references")
 

@@ -1,6 +1,7 @@
-"""`python -m metaopt.stability.references`: for the maintainers of the package.
+"""`python -m metaopt.stability.references`: measures the reference optimizers.
 
-Runs the suite on the reference optimizers and writes their numbers into the package.
+Runs the suite on them and writes their numbers into the package, where reports of the
+same sizes find them.
 """
 
 import argparse
@@ -18,6 +19,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--suite", default="quick", choices=sorted(SUITES))
     parser.add_argument("--only", nargs="+", metavar="CODE", choices=list(PROBES))
     parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        metavar="NAME",
+        choices=list(field.references()),
+        help="the references to measure, all by default; others leave the file",
+    )
+    parser.add_argument(
         "--work",
         type=pathlib.Path,
         default=pathlib.Path("runs", "references"),
@@ -29,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     for code in options.only or SUITES[options.suite]:
         measured = {}
         for name, subject in field.references().items():
+            if options.optimizers and name not in options.optimizers:
+                continue
             out = options.work / options.suite / name
             report = run_suite(subject, suite=options.suite, out=out, probes=[code])
             (result,) = report.results
