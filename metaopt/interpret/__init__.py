@@ -57,14 +57,17 @@ from metaopt.interpret.phases import (
 from metaopt.interpret.probes import Probe, ProbeResult, probe_layers
 from metaopt.interpret.record import Record, record
 from metaopt.interpret.update_functions import (
+    OFFSETS,
     Adaptation,
     adaptation,
     autonomous_schedule,
+    displaced_functions,
     gradient_histogram,
     update_functions,
 )
 
 __all__ = [
+    "OFFSETS",
     "PHASES",
     "Adaptation",
     "Agreement",
@@ -91,6 +94,7 @@ __all__ = [
     "copying_scores",
     "critical_points",
     "diffusion_exponent",
+    "displaced_functions",
     "embedded_cell",
     "examine",
     "expected_displacement",
