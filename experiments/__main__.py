@@ -31,6 +31,10 @@ COMMANDS = {
         "tell whether an optimizer can be trusted before a long run",
         "experiments.stability",
     ),
+    "examine": (
+        "take an optimizer apart: momenta, learning rates, update functions",
+        "experiments.examine",
+    ),
     "data": ("list the datasets, or prepare one", "experiments.data"),
 }
 

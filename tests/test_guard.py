@@ -1,13 +1,23 @@
 """The guard hands over when it must, never when it need not, and says why."""
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from metaopt.stability import guard, guard_report, online_guard
-from metaopt.stability.coverage import fit_coverage, generic_features
+from metaopt.stability import (
+    fit_coverage,
+    generic_features,
+    guard,
+    guard_report,
+    observe,
+    observed_features,
+    online_guard,
+)
 from metaopt.stability.faults import Fault, inject
 from metaopt.stability.guard_state import GuardState, Reason
 
@@ -177,6 +187,44 @@ def test_foreign_inputs_trip():
         trips.append(int(state.trips))
     assert trips == [0, 1] and int(state.reason) == Reason.COVERAGE
     assert "unlike those of healthy runs" in guard_report(state)
+
+
+def test_an_observer_keeps_what_the_optimizer_met():
+    def observed(num_steps, samples):
+        return observe(optax.adam(1e-2), num_steps, samples=samples)
+
+    expected, *_ = run(adam, PARAMS, ones())
+    # Every third step, and nothing after the fourth look.
+    params, state, *_ = run(lambda: observed(14, 4), PARAMS, ones())
+    for k in H:
+        np.testing.assert_array_equal(params[k], expected[k])
+    tx, params = adam(), PARAMS
+    inner, rows = tx.init(params), []
+    for step in range(10):
+        grads = jax.grad(loss_fn)(params)
+        updates, inner = tx.update(grads, inner, params)
+        if step % 3 == 0:
+            rows.append(generic_features(grads, updates, params))
+        params = optax.apply_updates(params, updates)
+    rows = np.concatenate(rows)
+    np.testing.assert_allclose(observed_features(state), rows, rtol=1e-4, atol=1e-5)
+    chain = optax.chain(optax.clip(1e9), observed(14, 4)).init(PARAMS)
+    assert observed_features(state, chain, state).shape == (2 * len(rows), 4)
+    with pytest.raises(ValueError, match="samples must be at most num_steps=3, got 4"):
+        observed(3, 4)
+    with pytest.raises(ValueError, match="must be or hold an ObserverState"):
+        observed_features(())
+    with pytest.raises(ValueError, match="observe reads the parameters"):
+        observed(3, 3).update(PARAMS, observed(3, 3).init(PARAMS))
+
+
+def test_the_recipe_of_the_documentation(capsys):
+    path = pathlib.Path(__file__).parents[1] / "docs" / "stability.md"
+    (recipe,) = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    exec(compile(recipe, str(path), "exec"), {})
+    healthy, foreign = capsys.readouterr().out.splitlines()
+    assert healthy.endswith("the fallback was never needed.")
+    assert "step 49: too many of its inputs were unlike those" in foreign
 
 
 FAULTS = {

@@ -150,6 +150,32 @@ def test_principal_components_agree_with_the_covariance():
     np.testing.assert_allclose(found.cumulative()[-1], 1.0)
 
 
+def test_displaced_functions_of_momentum_are_shifted_lines():
+    tx = optax.sgd(0.2, momentum=0.8)
+    panel = interpret.examine(tx, Bowl(), KEY, num_steps=30, num_seeds=2)
+    (size,) = np.asarray(panel.run.hidden).std(axis=(0, 1, 2))
+    # The trace after the step is 0.8 h + g; at rest h = 0.
+    h = size * np.array([-2.0, -1.0, 0.0, 1.0, 2.0])[:, None]
+    h = h * np.sign(panel.components.axes[0, 0])
+    wanted = -0.2 * (0.8 * h + panel.grid)
+    assert panel.displaced.shape == (1, 5, 81)
+    np.testing.assert_allclose(panel.displaced[0], wanted, rtol=1e-3, atol=1e-5)
+    stateless = interpret.examine(optax.sgd(0.2), Bowl(), KEY, num_steps=4)
+    assert stateless.displaced.shape == (0, 5, 81)
+
+
+def test_displaced_functions_of_adam_change_their_slope():
+    """Along the average of squares the slope moves, the update at 0 does not."""
+    cell = interpret.separable_cell(optax.adam(0.1, b1=0.8, b2=0.9, eps=0.0))
+    known = interpret.Components(np.zeros(2), np.eye(2)[::-1], np.array([1.0, 4.0]))
+    g = np.array([-1e-3, 0.0, 1e-3])
+    found = interpret.displaced_functions(
+        cell, np.array([0.0, 3.0]), known, g, count=1, offsets=(-4.0, 1.0)
+    )
+    assert found.shape == (1, 2, 3) and np.isnan(found[0, 0]).all()
+    np.testing.assert_allclose(found[0, 1], -0.1 * 0.2 * g / np.sqrt(3.6), rtol=1e-4)
+
+
 def test_linear_replacement_of_a_linear_optimizer_is_exact():
     tx = optax.sgd(0.2, momentum=0.8)
     panel = interpret.examine(tx, Bowl(), KEY, num_steps=30, num_seeds=2)

@@ -14,6 +14,8 @@ import numpy as np
 import optax
 import pytest
 
+import metaopt
+import metaopt.stability
 from experiments import __main__ as door
 from experiments import backend, subjects
 from experiments.console import UsageError
@@ -48,6 +50,31 @@ def run(*probes, optimizer=None, **options):
 
 def levels(report):
     return [result.verdict.level for result in report.results]
+
+
+@pytest.mark.parametrize("kind", ["tx", "factory", "learned", "subject"])
+def test_the_call_makes_the_report_again(kind):
+    rule, tx = SmallFC(step_size=0.1), optax.sgd(0.1)
+    theta = rule.init_theta(jax.random.key(0))
+    factory = lambda num_steps: optax.sgd(1.0 / num_steps)
+    first = {"tx": tx, "factory": factory, "learned": rule, "subject": field.broken()}
+    options: dict = {"name": "a 'name'", "horizon": 7}
+    if kind == "learned":
+        options["theta"] = theta
+    if kind == "subject":
+        first["subject"], options = field.references()["adam"], {}
+    probes = [Told(value=0.25), Second(Level.WARN)]
+    report = run_suite(first[kind], probes=probes, seed=3, **options)
+    scope = {"theta": theta, "subject": first["subject"], "tx": tx, "factory": factory}
+    scope |= {"metaopt": metaopt, "Told": Told, "Second": Second, "Level": Level}
+    assert "seed=3" in report.command and "suite='quick'" in report.command
+    call = re.sub(r"<(Level.\w+): \d>", r"\1", report.command)
+    again = eval(call, scope)
+    wanted, found = report.as_json(), again.as_json()
+    for one in (*wanted["probes"], *found["probes"]):
+        del one["seconds"]
+    wanted["command"] = found["command"] = ""
+    assert found == wanted
 
 
 def test_a_crash_is_reported_and_the_rest_goes_on(calls):

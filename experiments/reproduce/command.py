@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import backend, console
@@ -146,7 +147,7 @@ def _run(name: str, launch: Launch) -> int:
             "seconds": round(time.monotonic() - started, 1),
             **provenance(),
         }
-        text = json.dumps(_jsonable({**report, "info": info}), indent=2)
+        text = json.dumps(jsonable({**report, "info": info}), indent=2)
         write_atomically(path, f"{text}\n".encode())
     _show(report)
     plots = sorted(p.name for p in launch.out.glob("*.png"))
@@ -156,10 +157,18 @@ def _run(name: str, launch: Launch) -> int:
 
 def _show(report: dict[str, Any]) -> None:
     """Prints the claim, the paper's number, ours, and the tables."""
+    show_tables(report["tables"])
+    screen = console.screen()
+    for part in ("claim", "paper", "ours"):
+        screen.print(f"[bold]{part}[/bold]  {report[part]}", highlight=False)
+
+
+def show_tables(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Prints tables, rows by title; the columns are those of the first row."""
     from rich.table import Table
 
     screen = console.screen()
-    for title, rows in report["tables"].items():
+    for title, rows in tables.items():
         table = Table(title=title)
         for column in rows[0] if rows else ():
             numeric = not isinstance(rows[0][column], str)
@@ -167,8 +176,6 @@ def _show(report: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(*(_cell(value) for value in row.values()))
         screen.print(table)
-    for part in ("claim", "paper", "ours"):
-        screen.print(f"[bold]{part}[/bold]  {report[part]}", highlight=False)
 
 
 def _cell(value: Any) -> str:
@@ -177,12 +184,16 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _jsonable(value: Any) -> Any:
-    """Replaces numbers that JSON has no word for by None."""
+def jsonable(value: Any) -> Any:
+    """Replaces numbers that JSON has no word for by None.
+
+    >>> jsonable({"a": [1.5, float("inf")]})
+    {'a': [1.5, None]}
+    """
     if isinstance(value, dict):
-        return {str(name): _jsonable(x) for name, x in value.items()}
+        return {str(name): jsonable(x) for name, x in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(x) for x in value]
+        return [jsonable(x) for x in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

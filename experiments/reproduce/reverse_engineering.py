@@ -5,7 +5,6 @@ meta-trained on random quadratics; linearised at its fixed point it is a handful
 momentum modes, near the optimum for the spectrum of the Hessians.
 """
 
-import io
 import pathlib
 from typing import Any
 
@@ -14,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import panels
+from experiments.reproduce.figure import figure
 from experiments.reproduce.gru_training import (
     CURVATURE,
     STEPS,
@@ -23,7 +24,6 @@ from experiments.reproduce.gru_training import (
     relative_losses,
 )
 from metaopt import interpret
-from metaopt._files import write_atomically
 from metaopt.optimizers import Recurrent
 
 SEEDS = 3  # of meta-training
@@ -54,7 +54,7 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
             cell = interpret.linear_cell(linear, np.asarray(panel.cell.start))
             own["GRU, linearised"] = _curves(interpret.as_optax(cell))
         draw(out / f"seed-{seed}.png", panel, own | curves, trained)
-        modes[seed] = mode_table(panel)
+        modes[seed] = panels.mode_table(panel.modes[0]) if panel.modes else []
         rows.append(_row(seed, panel, modes[seed], own, trained))
         curves |= {f"{name}, seed {seed}": x for name, x in own.items()}
     return _report(rows, modes, curves, panel)
@@ -162,102 +162,34 @@ def hand_designed(key: jax.Array) -> dict[str, optax.GradientTransformation]:
     }
 
 
-def mode_table(panel: interpret.Panel, count: int = 8) -> list[dict[str, float]]:
-    """Returns the strongest modes of the first fixed point.
-
-    The strength of a mode is the size of its whole answer to a gradient impulse,
-    `|a / (1 - b)|`.
-    """
-    if not panel.modes:
-        return []
-    found = panel.modes[0]
-    strength = np.abs(found.rates / (1.0 - found.momenta))
-    order = np.argsort(-strength)[:count]
-    return [
-        {
-            "momentum": float(np.abs(found.momenta[i])),
-            "angle": float(np.angle(found.momenta[i])),
-            "learning rate": float(np.abs(found.rates[i])),
-            "sign": float(np.sign(found.rates[i].real)),
-            "strength": float(strength[i]),
-        }
-        for i in order
-    ]
-
-
 def draw(path: pathlib.Path, panel, curves, trained: Trained) -> None:
-    """Saves the six plots of the analysis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Saves the eight plots of the analysis."""
+    with figure(path, 2, 4, panel=(5.3, 4.5)) as axes:
+        _draw_training(axes[0], curves, trained)
+        _draw_modes(axes[1], panel)
+        panels.draw_functions(axes[2], panel)
+        panels.draw_states(axes[3], panel)
+        panels.draw_displaced(axes[4], panel, 0)
+        panels.draw_displaced(axes[5], panel, 1)
+        panels.draw_schedule(axes[6], panel)
+        panels.draw_adaptation(axes[7], panel)
 
-    figure = Figure(figsize=(16, 9), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3).ravel()
+
+def _draw_training(axes, curves, trained):
     for name, losses in curves.items():
-        axes[0].plot(np.median(losses, axis=0), label=name)
+        axes.plot(np.median(losses, axis=0), label=name)
     # Below, the constant of the loss cancels in float32.
-    axes[0].set(yscale="log", ylim=(1e-7, 2.0), xlabel="inner steps")
-    axes[0].set_ylabel("loss / first loss, median")
-    axes[0].set_title("Training")
-    inset = axes[0].inset_axes((0.62, 0.62, 0.36, 0.34))
+    axes.set(yscale="log", ylim=(1e-7, 2.0), xlabel="inner steps")
+    axes.set_ylabel("loss / first loss, median")
+    axes.set_title("Training")
+    inset = axes.inset_axes((0.62, 0.62, 0.36, 0.34))
     inset.plot(trained.losses, linewidth=0.6)
     inset.set(yscale="log", xlabel="outer steps", ylabel="meta-loss")
-    axes[0].legend(frameon=False, fontsize="small", loc="lower left")
-    _draw_modes(axes[1], panel)
-    _draw_functions(axes[2], panel)
-    axes[3].plot(panel.schedule)
-    axes[3].set(xlabel="steps without gradient", ylabel="effective learning rate")
-    axes[3].set_title("Autonomous schedule")
-    _draw_states(axes[4], panel)
-    axes[5].plot(panel.grid, panel.settled.rates)
-    axes[5].set(xlabel="constant gradient", ylabel="effective learning rate")
-    axes[5].set_title("Adaptation: the rate it settles to")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_atomically(path, buffer.getvalue())
-
-
-def _draw_modes(axes, panel):
-    best, angles = interpret.optimum(*CURVATURE), np.linspace(0, 2 * np.pi, 200)
-    axes.plot(np.cos(angles), np.sin(angles), color="0.7", linewidth=0.8)
-    for found in panel.modes:
-        size = 400 * np.abs(found.rates) / np.abs(found.rates).max()
-        b = found.momenta
-        axes.scatter(b.real, b.imag, s=size + 6, alpha=0.5, label="GRU, area: rate")
-    axes.axvline(best.momentum, linestyle="--", color="0.4", label="optimal momentum")
-    ticks = (-1.0, -0.5, 0.0, 0.5, 1.0)
-    axes.set(aspect="equal", xticks=ticks, yticks=ticks)
-    axes.set(xlabel="real part", ylabel="imaginary part")
-    axes.set_title("Eigenvalues at rest: effective momenta")
     axes.legend(frameon=False, fontsize="small", loc="lower left")
 
 
-def _draw_functions(axes, panel):
-    axes.plot(panel.grid, panel.functions[0], label="start")
-    axes.plot(panel.grid, np.median(panel.functions[1:], axis=0), label="visited")
-    if len(panel.rest.points):
-        rest = interpret.update_functions(panel.cell, panel.rest.points[:1], panel.grid)
-        axes.plot(panel.grid, rest[0], linestyle="--", label="at rest")
-    low = axes.get_ylim()[0]
-    height = 0.25 * np.ptp(axes.get_ylim()) / panel.density.max()
-    middle = (panel.edges[1:] + panel.edges[:-1]) / 2
-    axes.fill_between(
-        middle, low, low + height * panel.density, step="mid", alpha=0.25, color="0.5"
-    )
-    axes.set(xlabel="gradient (below: how often)", ylabel="update")
-    axes.set_title("Update functions")
-    axes.legend(frameon=False, fontsize="small")
-
-
-def _draw_states(axes, panel):
-    scores = panel.components.project(panel.run.hidden)[..., :2]
-    for coordinate in range(scores.shape[2]):
-        axes.plot(*scores[0, :, coordinate].T, linewidth=0.8)
-    axes.plot(*panel.components.project(panel.settled.states)[:, :2].T, "k:", label="S")
-    if len(panel.rest.points):
-        rest = panel.components.project(panel.rest.points)
-        axes.plot(rest[:, 0], rest[:, 1], "kx", markersize=9, label="at rest")
-    shares = panel.components.cumulative()
-    axes.set(xlabel="component 1", ylabel="component 2")
-    axes.set_title(f"States; two components hold {shares[1]:.0%}")
-    axes.legend(frameon=False, fontsize="small")
+def _draw_modes(axes, panel):
+    panels.draw_modes(axes, panel)
+    best = interpret.optimum(*CURVATURE)
+    axes.axvline(best.momentum, linestyle="--", color="0.4", label="optimal momentum")
+    axes.legend(frameon=False, fontsize="small", loc="lower left")

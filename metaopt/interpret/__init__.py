@@ -56,14 +56,17 @@ from metaopt.interpret.linearise import (
 from metaopt.interpret.optimizer import Panel, examine, linear_loss
 from metaopt.interpret.record import Record, record
 from metaopt.interpret.update_functions import (
+    OFFSETS,
     Adaptation,
     adaptation,
     autonomous_schedule,
+    displaced_functions,
     gradient_histogram,
     update_functions,
 )
 
 __all__ = [
+    "OFFSETS",
     "PHASES",
     "Adaptation",
     "Agreement",
@@ -90,6 +93,7 @@ __all__ = [
     "copying_scores",
     "critical_points",
     "diffusion_exponent",
+    "displaced_functions",
     "embedded_cell",
     "examine",
     "expected_displacement",

@@ -22,6 +22,7 @@ from metaopt.interpret.update_functions import (
     Adaptation,
     adaptation,
     autonomous_schedule,
+    displaced_functions,
     gradient_histogram,
     update_functions,
 )
@@ -43,6 +44,9 @@ class Panel(NamedTuple):
         grid: the gradients of the update functions, `[m]`.
         visited: states of the second half of the runs, `[k, s]`.
         functions: update functions: at the start, then at `visited`, `[1 + k, m]`.
+        displaced: update functions of the first fixed point, or of the mean state if
+            there is none, moved along up to three components by `OFFSETS` standard
+            deviations, `[c, 5, m]`.
         schedule: effective learning rate of a run without gradients, `[T]`.
         settled: what it settles to under each gradient of `grid`.
     """
@@ -58,6 +62,7 @@ class Panel(NamedTuple):
     grid: np.ndarray
     visited: np.ndarray
     functions: np.ndarray
+    displaced: np.ndarray
     schedule: np.ndarray
     settled: Adaptation
 
@@ -109,10 +114,12 @@ def examine(
     density, edges = gradient_histogram(gradients)
     grid = np.linspace(edges[0], edges[-1], 81)
     states = np.concatenate([np.asarray(cell.start)[None], visited])
+    components = principal_components(hidden)
+    middle = rest.points[0] if len(rest.points) else components.mean
     return Panel(
         cell=cell,
         run=runs,
-        components=principal_components(hidden),
+        components=components,
         rest=rest,
         linear=linear,
         modes=tuple(modes(x) for x in linear),
@@ -121,6 +128,7 @@ def examine(
         grid=grid,
         visited=visited,
         functions=update_functions(cell, states, grid),
+        displaced=displaced_functions(cell, middle, components, grid),
         schedule=autonomous_schedule(cell, num_steps),
         settled=adaptation(cell, grid),
     )

@@ -1,5 +1,6 @@
 """What a cell does with gradients: update functions, schedules, adaptation."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -7,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt.interpret.cell import Cell
+from metaopt.interpret.fixed_points import Components
+
+# Displacements along each component, in its standard deviations.
+OFFSETS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
 
 def update_functions(
@@ -26,6 +31,51 @@ def update_functions(
     g = jnp.asarray(gradients, cell.start.dtype)
     updates = jax.vmap(lambda h: jax.vmap(lambda g: cell.step(h, g)[1])(g))
     return np.asarray(jax.jit(updates)(h), float)
+
+
+def displaced_functions(
+    cell: Cell,
+    state: np.ndarray,
+    components: Components,
+    gradients: np.ndarray,
+    *,
+    count: int = 3,
+    offsets: Sequence[float] = OFFSETS,
+) -> np.ndarray:
+    """Returns update functions with the state moved along its principal components.
+
+    They tell what each direction of the state means: one that changes the slope holds a
+    learning rate, one that shifts the whole function a momentum.
+
+    Args:
+        cell: the optimizer of one parameter.
+        state: where the displacements start, such as a fixed point, `[s]`.
+        components: principal components of the visited states.
+        gradients: where the updates are taken, `[m]`.
+        count: the first so many components, fewer if there are fewer.
+        offsets: displacements in standard deviations of each component, `[d]`.
+
+    Returns:
+        Updates `[count, d, m]`; NaN where the optimizer cannot be in such a state, as
+        Adam with a negative average of squares.
+
+    References:
+        Maheswaranathan et al., 2021, https://arxiv.org/abs/2011.02159, whose public
+        code displaces by -2 to 2 in units of the state.
+
+    >>> import optax
+    >>> from metaopt.interpret.cell import separable_cell
+    >>> cell = separable_cell(optax.sgd(1.0, momentum=0.5))
+    >>> known = Components(np.zeros(1), np.ones((1, 1)), np.array([4.0]))
+    >>> displaced_functions(cell, np.zeros(1), known, np.zeros(1))[0, :, 0].tolist()
+    [2.0, 1.0, -0.0, -1.0, -2.0]
+    """
+    axes = components.axes[:count]
+    sizes = np.sqrt(components.variances[:count])[:, None] * axes
+    moved = state + np.multiply.outer(np.asarray(offsets), sizes).swapaxes(0, 1)
+    flat = moved.reshape(len(axes) * len(offsets), len(state))
+    updates = update_functions(cell, flat, gradients)
+    return updates.reshape(len(axes), len(offsets), len(gradients))
 
 
 def gradient_histogram(

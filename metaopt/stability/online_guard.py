@@ -74,8 +74,8 @@ def guard(
         refresh: steps from one update of the idle fallback to the next.
         cooldown: steps after which `tx` gets another chance with a fresh state; it gets
             none if this is None.
-        coverage: what `fit_coverage` learned of the inputs of healthy runs, and the
-            share of coordinates that may lie outside.
+        coverage: what `fit_coverage` learned of the inputs of healthy runs, which
+            `observe` collects, and the share of coordinates that may lie outside.
 
     Returns:
         An optax transformation whose state is a `GuardState`; `guard_report` puts it

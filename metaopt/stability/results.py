@@ -77,7 +77,7 @@ class Report:
         seed: of all randomness.
         results: one per probe.
         facts: versions and the like.
-        command: what reproduces the report, "" if nobody told.
+        command: what reproduces the report: the call of `run_suite`, or what was typed.
     """
 
     name: str

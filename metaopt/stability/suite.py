@@ -21,6 +21,7 @@ from metaopt.stability import records, references
 from metaopt.stability.alignment import AlignmentProbe
 from metaopt.stability.battery import BatteryProbe
 from metaopt.stability.branching import BranchingProbe
+from metaopt.stability.call import call_of
 from metaopt.stability.coverage import CoverageProbe
 from metaopt.stability.edge import EdgeProbe
 from metaopt.stability.fault_probe import FaultProbe
@@ -98,6 +99,9 @@ def run_suite(
         progress: called with a probe and None when it starts, and with the probe and
             its result when it is done.
 
+    Returns:
+        The report, whose `command` is this call.
+
     Raises:
         ValueError: if an argument is out of range, or the optimizer does not fit.
         TypeError: if `optimizer` is none of the above.
@@ -122,7 +126,10 @@ def run_suite(
         results.append(result)
         if progress:
             progress(probe, result)
-    return Report(examined.name, suite, seed, tuple(results), _facts())
+    options = {"theta": theta, "name": name, "horizon": horizon, "suite": suite}
+    wanted = None if probes is None else list(probes)
+    call = call_of(optimizer, {**options, "seed": seed, "probes": wanted})
+    return Report(examined.name, suite, seed, tuple(results), _facts(), call)
 
 
 def _subject(optimizer, theta, name, horizon) -> Subject:
