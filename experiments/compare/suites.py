@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import tasks
+from experiments.compare.goals import Goal
 from metaopt.task import Task
 
 
@@ -14,11 +15,13 @@ class Entry(NamedTuple):
         task: what is trained.
         num_steps: steps per run, a multiple of 20.
         long: whether the much longer runs of learned optimizers are made on it.
+        goal: what its runs are judged by.
     """
 
     task: Task
     num_steps: int
     long: bool = False
+    goal: Goal = Goal()
 
 
 # Whether an optimizer was meta-trained on one of them is told by its weights file: see
@@ -102,6 +105,16 @@ _SMALL = {
     ),
 }
 
+# Judged by other things than their loss: how far generated images are from real ones,
+# and the errors on all permutations after the last was learned.
+_WITH_GOALS = {
+    "digits-gan": Entry(tasks.ImageGAN(), 1000, goal=Goal(measure="energy distance")),
+    "digits-permuted": Entry(
+        tasks.PermutedImages(widths=(64, 64), batch_size=64),
+        *(1000, False, Goal(measure="error", instances=5)),
+    ),
+}
+
 _LONG = ("digits-mlp-tanh", "digits-conv")
 
 
@@ -118,5 +131,9 @@ def _suite(
 SUITES: dict[str, dict[str, Entry]] = {
     "quick": _suite(400, _DIGITS),
     "laptop": _suite(400, _DIGITS, _SMALL, long=("digits-mlp", "two-moons")),
-    "full": _suite(1000, _DIGITS, _MORE_DIGITS, _WITHOUT_IMAGES, _OTHER_IMAGES),
+    "goals": _WITH_GOALS,
+    "full": {
+        **_suite(1000, _DIGITS, _MORE_DIGITS, _WITHOUT_IMAGES, _OTHER_IMAGES),
+        **_WITH_GOALS,
+    },
 }
