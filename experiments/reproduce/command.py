@@ -70,6 +70,10 @@ PAPERS = {
         "what a recurrent optimizer computes (Maheswaranathan et al., 2021)",
         "experiments.reproduce.reverse_engineering",
     ),
+    "saxe": (
+        "when deep linear networks learn each mode (Saxe et al., 2013)",
+        "experiments.reproduce.saxe",
+    ),
     "sparse-parity": (
         "a plateau hides the progress of learning parities (Barak et al., 2022)",
         "experiments.reproduce.sparse_parity",
