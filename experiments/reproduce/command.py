@@ -42,6 +42,10 @@ PAPERS = {
         "heads that copy form at once, in two layers (Olsson et al., 2022)",
         "experiments.reproduce.induction_heads",
     ),
+    "kunin": (
+        "networks keep moving after they converged (Kunin et al., 2021)",
+        "experiments.reproduce.kunin",
+    ),
     "maml": (
         "initial parameters from which one step suffices (Finn et al., 2017)",
         "experiments.reproduce.maml",
