@@ -15,6 +15,7 @@ import tasks
 from experiments.compare import cells as cells_module
 from experiments.compare import contenders, running, store
 from experiments.compare.cells import Bench, diverged, final, final_loss
+from experiments.compare.goals import Goal
 from experiments.compare.protocol import Protocol, Range, Setting
 from experiments.compare.rules import BaselineRule, as_numbers, rate
 from experiments.compare.running import Cost, Curve, Lane, Runner
@@ -179,9 +180,11 @@ def test_every_baseline_fits_the_programs(name):
     tuned = jax.tree.map(lambda x: x[0], as_numbers([rule.span().untuned()]))
     shared = ((), (), jax.random.key(0))
     lane = (tuned, jnp.int32(10), jnp.uint32(0))
-    start = jax.eval_shape(functools.partial(running._start, task, rule), shared, lane)
+    start = jax.eval_shape(
+        functools.partial(running._start, task, rule, Goal()), shared, lane
+    )
     # The scan inside takes only a state that stays of one kind.
-    step = functools.partial(running._train, task, rule, 2)
+    step = functools.partial(running._train, task, rule, Goal(), 2)
     assert jax.eval_shape(step, shared, start) == start
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.compare.contenders import Contender
+from experiments.compare.goals import Goal
 from experiments.compare.protocol import (
     EVALUATIONS,
     REFERENCE_HORIZONS,
@@ -58,6 +59,8 @@ class Cell(NamedTuple):
         long: untuned runs that are much longer than those of meta-training.
         cost: time and memory.
         error: why there are no runs, "" if there are.
+        goal: what runs are judged by; where it is not the loss, it takes the place of
+            the loss in all that is said of losses.
     """
 
     task: str
@@ -72,6 +75,7 @@ class Cell(NamedTuple):
     long: tuple[Curve, ...] = ()
     cost: Cost | None = None
     error: str = ""
+    goal: Goal = Goal()
 
     def at_edge(self) -> bool:
         """Whether tuning chose the lowest or the highest learning rate of its grid."""
@@ -87,7 +91,7 @@ def final(losses: np.ndarray) -> float:
 
 
 def diverged(curve: Curve) -> bool:
-    """Whether a run ended above the training loss it began with, or not finite."""
+    """Whether a run ended above what it had in training at first, or not finite."""
     return not final(curve.train) < curve.train[0]
 
 
@@ -128,10 +132,9 @@ class Bench:
             reference: whether others are measured by it.
             progress: told about everything that is computed.
         """
-        steps = self._entry.num_steps
-        about = Cell(
-            self._name, contender.name, steps, contender.seen(self._entry.task)
-        )
+        entry = self._entry
+        seen = contender.seen(entry.task)
+        about = Cell(self._name, contender.name, entry.num_steps, seen, goal=entry.goal)
         try:
             return self._measure(contender, about, reference, progress)
         except Exception as error:
@@ -144,7 +147,12 @@ class Bench:
         stretch = steps // EVALUATIONS
         path = self._folder / self._name / f"{contender.name}.jsonl"
         store = Store(
-            path, self._entry.task, contender, stretch=stretch, seed=protocol.seed
+            path,
+            self._entry.task,
+            contender,
+            stretch=stretch,
+            seed=protocol.seed,
+            goal=self._entry.goal,
         )
         runner: list[Runner] = []
 
@@ -206,6 +214,7 @@ class Bench:
             self._data,
             stretch=stretch,
             seed=self._protocol.seed,
+            goal=self._entry.goal,
             evaluations=self._evaluations,
         )
 

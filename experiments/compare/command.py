@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--suite",
-        choices=("quick", "laptop", "full"),
+        choices=("quick", "laptop", "goals", "full"),
         default="quick",
         help="the tasks",
     )

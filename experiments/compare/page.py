@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.compare.goals import Goal
 from experiments.compare.page_tables import mode_title, numbers, standings, text
 from experiments.compare.plots import Painter
 from experiments.compare.protocol import EVALUATIONS, REFERENCE_HORIZONS
@@ -153,7 +154,8 @@ def _task(ranking: Ranking, painter: Painter, task: str, i: int) -> str:
     mode = ranking.modes[0]
     names = [line.contender for line in ranking.standings[mode]]
     names.sort(key=lambda name: ranking.loss(task, name, mode))
-    steps = ranking.cells[task, ranking.reference].num_steps
+    cell = ranking.cells[task, ranking.reference]
+    steps = cell.num_steps
     curves = _figure(
         lambda axes: painter.curves(axes, task), f"c{i}", f"Learning curves on {task}"
     )
@@ -168,12 +170,22 @@ def _task(ranking: Ranking, painter: Painter, task: str, i: int) -> str:
     )
     return f"""<section class="card probe" aria-labelledby="task{i}">
 <h2 id="task{i}">{text(task)}</h2>
-<p class="question">{steps} steps. Curves: median and range of the seeds, learning rate
-as tuned. Sensitivity: mean over the seeds of tuning, the best marked.</p>
+<p class="question">{steps} steps{_sequence(cell.goal)}.
+Curves: median and range of the seeds, learning rate as tuned. Sensitivity: mean over
+the seeds of tuning, the best marked.</p>
 <div class="pair">{curves}
 {sensitivity}</div>
 {numbers(ranking, task, names)}
 </section>"""
+
+
+def _sequence(goal: Goal) -> str:
+    if goal.instances == 1:
+        return ""
+    return (
+        f", {goal.instances} problems one after the other; {text(goal.measure)} is the "
+        "mean over all of them, those to come included"
+    )
 
 
 def _method(ranking: Ranking, painter: Painter) -> str:
@@ -194,7 +206,8 @@ optimizers multipliers of their updates from 0.1 to 10, with the schedules
 mean of {protocol.tuning_seeds} seeds, is run on {protocol.seeds} other seeds. Rules
 that choose their steps themselves have one setting. All optimizers see the same
 problems, initial parameters and batches.</p>
-<p>Losses are those of 8 fixed batches, {EVALUATIONS} times per run; the end of a run is
+<p>Losses, and what takes their place where the plots say so, are those of 8 fixed
+batches, {EVALUATIONS} times per run; the end of a run is
 the mean of the last tenth of them. A run has diverged if it ends above its start or not
 finite.</p>
 <p>Score: progress of the loss since the start over that of {reference}. Speed-up: the

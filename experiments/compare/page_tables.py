@@ -77,7 +77,8 @@ def numbers(ranking: Ranking, task: str, names: Sequence[str]) -> str:
     for name in names:
         for curve in ranking.cells[task, name].untuned[:1]:
             metrics |= dict.fromkeys(curve.metrics)
-    columns = ["optimizer", "training loss", "test loss"]
+    measure = ranking.cells[task, ranking.reference].goal.measure
+    columns = ["optimizer", f"training {measure}", f"test {measure}"]
     columns += [text(f"test {name}") for name in metrics]
     columns += ["speed-up", "setting", "untuned", "diverged"]
     rows = []

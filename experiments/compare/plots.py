@@ -49,6 +49,9 @@ class Painter:
         cell = self._ranking.cells[task, name]
         return cell.tuned or cell.untuned
 
+    def _measure(self, task: str) -> str:
+        return self._ranking.cells[task, self._ranking.reference].goal.measure
+
     def curves(self, axes: Any, task: str) -> None:
         """Draws the loss over the steps: median and range of the seeds."""
         everything = []
@@ -69,7 +72,7 @@ class Painter:
             )
             everything.append(values)
         kind = "training" if self._ranking.split == "train" else "held-out"
-        axes.set(xlabel="steps", ylabel=f"{kind} loss")
+        axes.set(xlabel="steps", ylabel=f"{kind} {self._measure(task)}")
         _fit(axes, everything)
         axes.legend()
 
@@ -94,7 +97,8 @@ class Painter:
             axes.plot(rates[best], values[best], "o", color=look["color"], markersize=7)
             everything.append(values)
         kind = "training" if self._ranking.protocol.criterion == "train" else "valid"
-        axes.set(xlabel="learning rate over its default", ylabel=f"final {kind} loss")
+        final = f"final {kind} {self._measure(task)}"
+        axes.set(xlabel="learning rate over its default", ylabel=final)
         axes.set_xscale("log")
         _fit(axes, everything)
         axes.legend()

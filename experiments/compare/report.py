@@ -107,6 +107,7 @@ def _cell(ranking: Ranking, cell: Cell) -> dict[str, Any]:
         "contender": cell.contender,
         "num_steps": cell.num_steps,
         "seen": cell.seen,
+        "goal": cell.goal._asdict(),
         "error": cell.error,
         "best": cell.best and cell.best._asdict(),
         "at_edge": cell.at_edge(),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.compare.goals import Goal
 from experiments.compare.protocol import Setting
 from experiments.compare.rules import Rule, Tuned, as_numbers
 from metaopt.sharding import map_over_tasks, sharded, task_mesh
@@ -47,8 +48,9 @@ class Curve(NamedTuple):
     """What one run gave, at its start and after every stretch.
 
     Attributes:
-        train: loss on the training split, at the parameters to evaluate, `[n + 1]`.
-        held_out: loss on the held-out split, `[n + 1]`.
+        train: loss on the training split, or another measure of the run's `Goal`, at
+            the parameters to evaluate, `[n + 1]`.
+        held_out: the same on the held-out split, `[n + 1]`.
         metrics: the task's metrics on the held-out split, each `[n + 1]`.
     """
 
@@ -79,7 +81,7 @@ class Cost(NamedTuple):
 class _Shown(NamedTuple):
     """What an evaluation needs."""
 
-    instance: Any
+    drawn: Any  # what `Goal.sample` returned
     params: Any
     key: jax.Array
 
@@ -106,6 +108,7 @@ class Runner:
         *,
         stretch: int,
         seed: int,
+        goal: Goal = Goal(),  # noqa: B008, a NamedTuple cannot be changed
         evaluations: dict[Any, Any] | None = None,
     ):
         """Prepares runs.
@@ -117,9 +120,12 @@ class Runner:
             data: what `task.load()` returned.
             stretch: steps between evaluations.
             seed: root of all randomness.
+            goal: what its runs are judged by.
             evaluations: compiled evaluations of this task, kept for other runners.
         """
+        goal.check()
         self._task, self._rule, self._stretch = task, rule, stretch
+        self._goal = goal
         self._shared = (weights, data, jax.random.key(seed))
         self._mesh = task_mesh()
         platform = self._mesh.devices.flat[0].platform
@@ -191,9 +197,9 @@ class Runner:
     def _program(self, name: str, argument: Any) -> Any:
         if name not in self._programs:
             bound = {
-                "start": functools.partial(_start, self._task, self._rule),
+                "start": functools.partial(_start, self._task, self._rule, self._goal),
                 "train": functools.partial(
-                    _train, self._task, self._rule, self._stretch
+                    _train, self._task, self._rule, self._goal, self._stretch
                 ),
             }
             self._programs[name] = self._compile(bound[name], self._shared, argument)
@@ -201,7 +207,7 @@ class Runner:
 
     def _evaluate(self, shown: _Shown, held_out: str) -> Curve:
         if held_out not in self._evaluations:
-            one = functools.partial(_evaluate, self._task, held_out)
+            one = functools.partial(_evaluate, self._task, self._goal, held_out)
             self._evaluations[held_out] = self._compile(one, self._shared[1], shown)
         return jax.device_get(self._evaluations[held_out](self._shared[1], shown))
 
@@ -212,15 +218,15 @@ class Runner:
         return program.lower(shared, argument).compile()
 
 
-def _start(task, rule, shared, lane) -> _Run:
+def _start(task, rule, goal, shared, lane) -> _Run:
     weights, _, root = shared
     tuned, num_steps, seed = lane
     keys = jax.random.split(jax.random.fold_in(root, seed), 5)
-    instance = task.sample(keys[0])
-    params = task.init(instance, keys[1])
+    drawn = goal.sample(task, keys[0])
+    params = task.init(goal.present(drawn, 0, num_steps), keys[1])
     opt_state = rule.bind(weights, tuned, num_steps, keys[2]).init(params)
     opt_state = jax.tree.map(_strong, opt_state)
-    shown = _Shown(instance, rule.eval_params(opt_state, params), keys[4])
+    shown = _Shown(drawn, rule.eval_params(opt_state, params), keys[4])
     return _Run(tuned, num_steps, params, opt_state, jnp.int32(0), keys[2:4], shown)
 
 
@@ -230,13 +236,13 @@ def _strong(x):
     return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.astype(x.dtype)
 
 
-def _train(task, rule, stretch, shared, run) -> _Run:
+def _train(task, rule, goal, stretch, shared, run) -> _Run:
     weights, data, _ = shared
-    instance = run.shown.instance
     tx = rule.bind(weights, run.tuned, run.num_steps, run.keys[0])
 
     def step(carry, _):
         params, opt_state, count = carry
+        instance = goal.present(run.shown.drawn, count, run.num_steps)
         batch_key, loss_key = jax.random.split(jax.random.fold_in(run.keys[1], count))
         batch = task.batch(instance, data, batch_key, split="train")
         loss_of = lambda params: task.loss(params, batch, instance, loss_key)[0]
@@ -252,17 +258,20 @@ def _train(task, rule, stretch, shared, run) -> _Run:
     return run._replace(params=params, opt_state=opt_state, step=count, shown=shown)
 
 
-def _evaluate(task, held_out, data, shown) -> Curve:
-    def one_batch(split, key):
+def _evaluate(task, goal, held_out, data, shown) -> Curve:
+    def one_batch(split, instance, key):
         batch_key, loss_key = jax.random.split(key)
-        batch = task.batch(shown.instance, data, batch_key, split=split)
-        return task.loss(shown.params, batch, shown.instance, loss_key)
+        batch = task.batch(instance, data, batch_key, split=split)
+        return goal.judge(*task.loss(shown.params, batch, instance, loss_key))
 
-    def on(split):
+    def one_instance(split, instance):
         # Always the same batches, so that a curve moves with the parameters only.
         keys = jax.random.split(shown.key, EVAL_BATCHES)
-        results = jax.vmap(functools.partial(one_batch, split))(keys)
+        results = jax.vmap(functools.partial(one_batch, split, instance))(keys)
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), results)
+
+    def on(split):
+        return goal.mean(functools.partial(one_instance, split), shown.drawn)
 
     train, _ = on("train")
     loss, metrics = on(held_out)

@@ -112,7 +112,7 @@ class Progress:
         else:
             curves = cell.tuned or cell.untuned
             mean = sum(map(final_loss, curves)) / len(curves)
-            result = f"training loss {number(mean)}"
+            result = f"training {cell.goal.measure} {number(mean)}"
         seconds = time.monotonic() - self._started
         how = f"{seconds:.0f} s" if self._fresh else "known"
         self._console.print(
@@ -218,7 +218,7 @@ def _losses(ranking: Ranking) -> Table:
     mode = ranking.modes[0]
     kind = "training" if ranking.split == "train" else "held-out"
     table = Table(
-        title=f"Mean {kind} loss at the end, {mode}; * seen in meta-training",
+        title=f"Mean {kind} loss or goal at the end, {mode}; * seen in meta-training",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import tasks
+from experiments.compare.goals import Goal
 from metaopt.task import Task
 from tasks import data
 
@@ -15,11 +16,13 @@ class Entry(NamedTuple):
         task: what is trained.
         num_steps: steps per run, a multiple of 20.
         long: whether the much longer runs of learned optimizers are made on it.
+        goal: what its runs are judged by.
     """
 
     task: Task
     num_steps: int
     long: bool = False
+    goal: Goal = Goal()
 
 
 # Whether an optimizer was meta-trained on one of them is told by its weights file: see
@@ -117,10 +120,31 @@ def _suite(
     }
 
 
+def _with_goals(num_steps: int) -> dict[str, Entry]:
+    """Tasks that are not judged by their loss.
+
+    They are judged by how far generated images are from real ones, and by the errors on
+    all permutations of the pixels, learned one after the other by one network.
+    """
+    gan, permuted = (
+        tasks.ImageGAN(),
+        tasks.PermutedImages(widths=(64, 64), batch_size=64),
+    )
+    distance, error = Goal("energy distance"), Goal("error", instances=5)
+    return {
+        "digits-gan": Entry(gan, num_steps, goal=distance),
+        "digits-permuted": Entry(permuted, num_steps, goal=error),
+    }
+
+
 SUITES: dict[str, dict[str, Entry]] = {
     "quick": _suite(400, _DIGITS),
     "laptop": _suite(400, _DIGITS, _SMALL, long=(*_LONG, "sinusoid", "two-moons")),
-    "full": _suite(1000, _DIGITS, _MORE_DIGITS, _WITHOUT_IMAGES, _OTHER_IMAGES),
+    "goals": _with_goals(400),
+    "full": {
+        **_suite(1000, _DIGITS, _MORE_DIGITS, _WITHOUT_IMAGES, _OTHER_IMAGES),
+        **_with_goals(1000),
+    },
 }
 
 # Larger images are reduced to it: a comparison trains hundreds of networks.

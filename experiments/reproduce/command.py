@@ -43,6 +43,10 @@ PAPERS = {
         "heads that copy form at once, in two layers (Olsson et al., 2022)",
         "experiments.reproduce.induction_heads",
     ),
+    "kunin": (
+        "networks keep moving after they converged (Kunin et al., 2021)",
+        "experiments.reproduce.kunin",
+    ),
     "maml": (
         "initial parameters from which one step suffices (Finn et al., 2017)",
         "experiments.reproduce.maml",
@@ -70,6 +74,10 @@ PAPERS = {
     "reverse-engineering": (
         "what a recurrent optimizer computes (Maheswaranathan et al., 2021)",
         "experiments.reproduce.reverse_engineering",
+    ),
+    "saxe": (
+        "when deep linear networks learn each mode (Saxe et al., 2013)",
+        "experiments.reproduce.saxe",
     ),
     "sparse-parity": (
         "a plateau hides the progress of learning parities (Barak et al., 2022)",
