@@ -9,6 +9,7 @@ import optax
 
 from experiments.start import theta_of_model, theta_of_rule
 from metaopt import validate
+from metaopt.averaging import average_theta
 from metaopt.estimators import (
     Curriculum,
     FullUnroll,
@@ -36,6 +37,8 @@ class Outer:
         schedule: "constant", or "cosine" down to a tenth at the last step.
         clip_norm: largest norm of a meta-gradient; None for no clipping.
         weight_decay: decay of theta per step, times the learning rate.
+        average: decay of the moving average of theta that is evaluated and saved in
+            its place, see `metaopt.averaging`; None for theta itself.
     """
 
     name: str = "adam"
@@ -44,6 +47,7 @@ class Outer:
     schedule: str = "cosine"
     clip_norm: float | None = 1.0
     weight_decay: float = 0.0
+    average: float | None = None
 
     def __post_init__(self):
         check_arguments(self.name, {"learning_rate": 1.0})
@@ -53,6 +57,8 @@ class Outer:
         if self.clip_norm is not None:
             validate.number("clip_norm", self.clip_norm, low=0.0, open_low=True)
         validate.number("weight_decay", self.weight_decay, low=0.0)
+        if self.average is not None:
+            validate.number("average", self.average, low=0.0, high=1.0, open_high=True)
 
     def transformation(self, num_steps: int) -> optax.GradientTransformation:
         """Returns the optax transformation for a run of `num_steps` outer steps."""
@@ -66,12 +72,15 @@ class Outer:
         rise = lambda step: self.learning_rate * (step + 1) / max(self.warmup, 1)
         schedule = optax.join_schedules([rise, main], [self.warmup])
         clip = math.inf if self.clip_norm is None else self.clip_norm
-        return optax.chain(
+        tx = optax.chain(
             optax.clip_by_global_norm(clip),
             factory(self.name)(learning_rate=1.0),
             optax.add_decayed_weights(-self.weight_decay),
             optax.scale_by_schedule(schedule),
         )
+        if self.average is None:
+            return tx
+        return optax.chain(tx, average_theta(self.average))
 
 
 @dataclasses.dataclass(frozen=True)

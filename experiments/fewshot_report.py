@@ -18,6 +18,7 @@ from experiments.page import Rows, cell, write_page
 from experiments.rivals import rivals, unseen
 from experiments.run import read_metrics
 from metaopt._files import write_atomically
+from metaopt.averaging import trained_theta
 from metaopt.fewshot import Comparison, FunctionFamily, InContext, compare
 from metaopt.train import MetaState
 from metaopt.weights import save_weights
@@ -42,7 +43,7 @@ def finish(
             `report.html` go.
         info: provenance, kept in the weights file.
     """
-    learner, theta = config.learner, jax.device_get(state.theta)
+    learner, theta = config.learner, jax.device_get(trained_theta(state))
     weights = folder / "theta.safetensors"
     save_weights(weights, theta, learner, info=info)
     print("Comparing with classical predictors ...", flush=True)

@@ -19,6 +19,7 @@ from experiments.run import read_metrics
 from metaopt import evaluate
 from metaopt._files import write_atomically
 from metaopt.augment import Reparametrised
+from metaopt.averaging import trained_theta
 from metaopt.learner import longest
 from metaopt.optimizers import Hyper
 from metaopt.optimizers.base import LearnedOptimizer
@@ -90,7 +91,7 @@ def finish(
         info: provenance, kept in the weights file.
     """
     optimizer = learners(config.estimator)[0].optimizer
-    theta = jax.device_get(state.theta)
+    theta = jax.device_get(trained_theta(state))
     weights = folder / "theta.safetensors"
     save_weights(weights, theta, optimizer, info=info)
     print(f"Comparing with Adam, learning rate tuned over {len(RATES)} values ...")

@@ -16,6 +16,7 @@ LAYERS = (
     ("optimizers", "estimators", "augment", "imitate", "secant"),
     ("baselines",),
     ("train", "evaluate", "checkpoint", "coordinate_check", "scores"),
+    ("averaging",),
     ("fewshot",),
     ("interpret",),
     ("stability", "testing"),

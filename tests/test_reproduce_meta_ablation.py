@@ -39,6 +39,7 @@ def test_every_variant_makes_as_many_inner_steps(name):
         ({"meta_loss": "mean-log"}, "learner.meta_loss"),
         ({"split": "train"}, "learner.meta_split"),
         ({"scales": 5.0}, "learner.task"),
+        ({"kinds": (ablation.CONV,)}, "learner.task"),
     ],
 )
 def test_a_variant_differs_in_what_it_says(change, expected):
@@ -49,6 +50,13 @@ def test_a_variant_differs_in_what_it_says(change, expected):
     found = list(run.differences(*map(to_config, parts)))
     assert found
     assert all(line.startswith(expected) for line in found)
+
+
+def test_a_variant_with_an_average_trains_as_the_first():
+    plain = ablation.plan(ablation.Variant(), TINY)
+    kept = ablation.plan(ablation.Variant(average=0.98), TINY)
+    found = list(run.differences(*map(to_config, (plain, kept))))
+    assert found == ["outer.average: null there, 0.98 here"]
 
 
 def test_the_horizon_grows_over_half_of_any_size():
@@ -83,8 +91,9 @@ def test_a_variant_with_a_teacher_starts_from_what_it_taught(tmp_path, monkeypat
 def test_tasks_can_be_left_as_they_are_and_be_more():
     plain = ablation.estimator_of(ablation.Variant(scales=1.0), TINY)
     assert [x.learner.task for x in plain.estimators] == list(ablation.TRAINED)
-    four = ablation.estimator_of(ablation.Variant(num_tasks=4), TINY)
-    assert len(four.estimators) == 4
+    kinds = (*ablation.TRAINED, ablation.CONV, ablation.RECURRENT)
+    four = ablation.estimator_of(ablation.Variant(kinds=kinds), TINY)
+    assert [x.learner.task.task for x in four.estimators] == list(kinds)
 
 
 def test_lost_runs_count_and_zeros_have_a_floor():
@@ -98,10 +107,24 @@ def test_the_table_leaves_the_trained_task_out_of_the_change():
     base = {test: np.zeros(2) for test in tests}
     logs = {test: np.array([1.0, 3.0]) for test in tests}
     logs[tests[0]] = np.array([100.0, 100.0])
-    line = ablation.row("a", logs, base)
+    line = ablation.row("a", logs, base, ablation.TRAINED)
     assert line["change of the log, unseen"] == pytest.approx(2.0)
     assert line["spread of seeds"] == pytest.approx(2.0)
     assert line[tests[1]] == pytest.approx(np.exp(2.0))
+
+
+def test_the_change_leaves_out_kinds_that_were_trained_on():
+    tests = list(ablation.TESTS)
+    base = {test: np.zeros(1) for test in tests}
+    logs = {test: np.array([float(i)]) for i, test in enumerate(tests)}
+    change = lambda *more: ablation.row("a", logs, base, (*ablation.TRAINED, *more))[
+        "change of the log, unseen"
+    ]
+    assert tests == ["MLP", "conv net", "GRU", "two moons", "sinusoid"]
+    assert change() == change(*ablation.MORE) == pytest.approx(2.5)
+    assert change(ablation.CONV) == pytest.approx(3.0)
+    assert change(ablation.RECURRENT) == pytest.approx(8 / 3)
+    assert change(ablation.CONV, ablation.RECURRENT) == pytest.approx(3.5)
 
 
 def test_report_ranks_the_variants(tmp_path, monkeypatch):

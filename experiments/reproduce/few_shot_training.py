@@ -25,6 +25,7 @@ from experiments.console import CommandError
 from experiments.run import obstacles
 from metaopt import validate
 from metaopt._files import write_atomically
+from metaopt.averaging import trained_theta
 from metaopt.estimators import GradientEstimator
 from metaopt.registry import to_config
 from metaopt.sharding import replicated, sharded, task_mesh
@@ -67,7 +68,7 @@ class FewShotRun(NamedTuple):
     """What training left behind.
 
     Attributes:
-        theta: meta-parameters, leaves `[seeds, ...]`.
+        theta: meta-parameters, or their average if one is kept; leaves `[seeds, ...]`.
         loss: mean meta-loss of every piece, `[seeds, pieces]`.
         seconds: time it took.
         watched: what `watch` returned after every piece, `[seeds, pieces]`; NaN where
@@ -120,7 +121,7 @@ def train(
         data = jax.device_put(data, replicated(mesh))
         save = functools.partial(_write, path, config=config)
         run = _go_on(plan, tx, data, run, save, label, watch)
-    theta = jax.device_get(run.state.theta)
+    theta = jax.device_get(trained_theta(run.state))
     return FewShotRun(theta, run.loss, round(run.seconds, 1), run.watched)
 
 
@@ -167,7 +168,8 @@ def _go_on(plan, tx, data, run: _Run, save, label: str, watch) -> _Run:
     before, done = run.seconds, run.loss.shape[1] * plan.piece
     while done < plan.num_steps:
         state, loss = run_piece(run.state, data)
-        seen = np.full(len(plan.seeds), np.nan) if watch is None else watch(state.theta)
+        none = np.full(len(plan.seeds), np.nan)
+        seen = none if watch is None else watch(trained_theta(state))
         run = _Run(
             state,
             np.column_stack([run.loss, loss]),

@@ -34,6 +34,9 @@ MORE: tuple[Task, ...] = (
     tasks.ImageTransformer("digits", width=16, depth=1, batch_size=32),
     tasks.PhysicsInformed("oscillator"),
 )
+# Of the kinds of two tests, in another size and with another cell.
+CONV = tasks.ImageConv("digits", widths=(4, 8), batch_size=32)
+RECURRENT = tasks.ImageRecurrent("digits", 12, "lstm", batch_size=32)
 # Columns of the table; the first was trained on.
 TESTS: dict[str, Task] = {
     "MLP": TRAINED[0],
@@ -70,7 +73,7 @@ class Variant(NamedTuple):
 
     Attributes:
         estimator: class of the estimator.
-        num_tasks: how many of `TRAINED` and `MORE` are trained on.
+        kinds: what is trained on.
         std: of the perturbations.
         window: inner steps of one estimate.
         share: of the pairs.
@@ -79,10 +82,11 @@ class Variant(NamedTuple):
         split: data of the meta-loss.
         scales: the parameters are rescaled by up to this factor; 1 for not at all.
         teacher: a rule to imitate first, in a part of the inner steps; None for none.
+        average: decay of the average of theta that is tested; None for theta itself.
     """
 
     estimator: Any = NRES
-    num_tasks: int = 2
+    kinds: tuple[Task, ...] = TRAINED
     std: float = 0.01
     window: int = 50
     share: float = 1.0
@@ -91,6 +95,7 @@ class Variant(NamedTuple):
     split: str = "valid"
     scales: float = 3.0
     teacher: Any = None
+    average: float | None = None
 
 
 VARIANTS = {
@@ -101,9 +106,15 @@ VARIANTS = {
     "parameters not rescaled": Variant(scales=1.0),
     "all runs of 400": Variant(horizon=400),
     "runs of 50 to 200": Variant(horizon=LogUniform(50, 200)),
-    "four tasks": Variant(num_tasks=4),
+    "four tasks": Variant(kinds=(*TRAINED, *MORE)),
+    "a conv net as well": Variant(kinds=(*TRAINED, CONV)),
+    "an LSTM as well": Variant(kinds=(*TRAINED, RECURRENT)),
+    "six tasks": Variant(kinds=(*TRAINED, *MORE, CONV, RECURRENT)),
     "a quarter of the pairs": Variant(share=0.25),
+    "four times the pairs": Variant(share=4.0),
     "windows of 10": Variant(window=10),
+    "windows of 100": Variant(window=100),
+    "average of theta, decay 0.98": Variant(average=0.98),
     "std 0.03": Variant(std=0.03),
     "truncated ES": Variant(TruncatedES),
     # For the default size; `estimator_of` stretches it over half of any other.
@@ -113,7 +124,10 @@ VARIANTS = {
         split="train", meta_loss="mean-log", teacher=TEACHER
     ),
     "four tasks, mean log of the training loss": Variant(
-        num_tasks=4, split="train", meta_loss="mean-log"
+        kinds=(*TRAINED, *MORE), split="train", meta_loss="mean-log"
+    ),
+    "six tasks, mean log of the training loss": Variant(
+        kinds=(*TRAINED, *MORE, CONV, RECURRENT), split="train", meta_loss="mean-log"
     ),
 }
 
@@ -132,7 +146,7 @@ def plan(variant: Variant, size: Size) -> FewShotTraining:
         work -= first.num_steps * inner_steps(first.estimator)
     piece = max(size.num_steps // 20, 1)
     steps = max(round(work / inner_steps(estimator) / piece), 1) * piece
-    outer = Outer("adam", learning_rate=5e-3, warmup=20, weight_decay=1e-3)
+    outer = Outer("adam", 5e-3, 20, weight_decay=1e-3, average=variant.average)
     return FewShotTraining(estimator, outer, steps, tuple(range(size.seeds)), piece)
 
 
@@ -160,11 +174,10 @@ def imitation(variant: Variant, size: Size) -> FewShotTraining:
 
 def trained_on(variant: Variant) -> list[Task]:
     """Returns the tasks of a variant, rescaled if it says so."""
-    chosen = (*TRAINED, *MORE)[: variant.num_tasks]
     if variant.scales == 1:
-        return list(chosen)
+        return list(variant.kinds)
     low, high = 1 / variant.scales, variant.scales
-    return [Reparametrised(task, minimum=low, maximum=high) for task in chosen]
+    return [Reparametrised(task, minimum=low, maximum=high) for task in variant.kinds]
 
 
 def estimator_of(variant: Variant, size: Size) -> Mixture:
@@ -204,7 +217,8 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
         run = train(plan(variant, size), out / f"{slug}.npz", name, start=start)
         found[name] = tested(run.theta, size)
     base = found[next(iter(VARIANTS))]
-    rows = [row(name, logs, base) for name, logs in found.items()]
+    kinds = lambda name: VARIANTS.get(name, Variant()).kinds
+    rows = [row(name, logs, base, kinds(name)) for name, logs in found.items()]
     change, spread = "change of the log, unseen", "spread of seeds"
     ranked = sorted(rows[3:], key=lambda line: line[change])
     return {
@@ -268,16 +282,23 @@ def adam(size: Size) -> dict[str, np.ndarray]:
 
 
 def row(
-    name: str, logs: dict[str, np.ndarray], base: dict[str, np.ndarray]
+    name: str,
+    logs: dict[str, np.ndarray],
+    base: dict[str, np.ndarray],
+    kinds: tuple[Task, ...],
 ) -> dict[str, Any]:
-    """Returns one line of the table; the last columns leave out the first test.
+    """Returns one line of the table.
+
+    The last columns leave out the first test, and those of a kind that was trained on.
 
     Args:
         name: of the variant.
         logs: its mean log of the final loss by test, `[seeds]`.
         base: the same of the first variant.
+        kinds: what the variant was trained on.
     """
-    unseen = list(TESTS)[1:]
+    seen = {type(task) for task in kinds}
+    unseen = [test for test in list(TESTS)[1:] if type(TESTS[test]) not in seen]
     gaps = np.mean([logs[test] - np.mean(base[test]) for test in unseen], axis=0)
     line: dict[str, Any] = {"variant": name}
     line |= {test: float(np.exp(np.mean(x))) for test, x in logs.items()}

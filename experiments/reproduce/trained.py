@@ -10,6 +10,7 @@ from experiments import training
 from experiments.config import MetaTrain, learners
 from experiments.console import CommandError
 from experiments.run import RunDirectory, obstacles, provenance
+from metaopt.averaging import trained_theta
 from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.registry import to_config
 from metaopt.sharding import task_mesh
@@ -64,7 +65,7 @@ def trained(
     if outcome.signal is not None:
         raise KeyboardInterrupt
     optimizer = learners(estimator)[0].optimizer
-    theta = jax.device_get(outcome.state.theta)
+    theta = jax.device_get(trained_theta(outcome.state))
     info = {
         "steps": int(outcome.state.step),
         "seconds": round(outcome.seconds, 1),
