@@ -25,18 +25,11 @@ NUMERICS = 1
 class Store:
     """The runs of one contender on one task, in one file of JSON lines.
 
-<<<<<<< HEAD
-    A run is found by a hash of the task's configuration, how its images were prepared
-    if that is not the same for everyone, the rule's configuration and the checksum of
-    its weights, the setting, the seed, the length and `NUMERICS`: whatever else a
-    comparison holds, a run is computed once. Lines are appended; one that was cut
-    short is passed over, so that a comparison can be killed at any moment.
-=======
-    A run is found by a hash of the task's configuration, its goal, the rule's and the
+    A run is found by a hash of the task's configuration and goal, how its images were
+    prepared if that is not the same for everyone, the rule's configuration and the
     checksum of its weights, the setting, the seed, the length and `NUMERICS`: whatever
     else a comparison holds, a run is computed once. Lines are appended; one that was
     cut short is passed over, so that a comparison can be killed at any moment.
->>>>>>> 1c364f27c0ff395f1d3c6c4ca5304d7905030f05
     """
 
     def __init__(
@@ -68,14 +61,11 @@ class Store:
             "seed": seed,
             "batches": EVAL_BATCHES,
         }
-<<<<<<< HEAD
         dataset = getattr(task, "dataset", None)
         if dataset is not None and dataset not in data.DATASETS:
             self._about["images"] = dataclasses.asdict(data.info(dataset))
-=======
         if goal != Goal():
             self._about["goal"] = goal._asdict()
->>>>>>> 1c364f27c0ff395f1d3c6c4ca5304d7905030f05
         self._found: dict[str, Any] = {}
         if path.exists():
             for line in path.read_bytes().split(b"\n"):
