@@ -234,7 +234,7 @@ class ScaleProbe(Probe):
                 errors.plot(factors, error, ":", color=colour, linewidth=1.0)
         for name in _size_names(measured):
             values, shown = measured[f"{name}_values"], _size_progress(measured, name)
-            label = f"{name} over {values[0]}"
+            label = f"loss gone, {name} over {values[0]}"
             shown = np.clip(np.median(shown, axis=-1), -0.2, None)
             axes.plot(values / values[0], shown, ".--", linewidth=1.0, label=label)
         axes.axhline(_GOOD, linestyle="--", linewidth=1.0, label="basin")
