@@ -7,12 +7,13 @@ import numpy as np
 import optax
 import pytest
 
+from metaopt.optimizers import Hyper
 from metaopt.stability import references
 from metaopt.stability.probe import Level
 from metaopt.stability.report import write_report
-from metaopt.stability.suite import run_suite
+from metaopt.stability.suite import PROBES, run_suite
 from tests import browser
-from tests.stability_probes import Crashing, Inapplicable, Second, Third, Told
+from tests.stability_probes import Crashing, Inapplicable, Second, Third, Told, tiny
 
 PROGRAM = browser.find()
 pytestmark = pytest.mark.skipif(
@@ -50,6 +51,14 @@ PLOTS = """
     line: getComputedStyle(line).stroke,
   };
 })
+"""
+
+DRAWN = """
+[...document.querySelectorAll("svg.plot")].map(svg => ({
+  probe: svg.closest("section").id,
+  width: svg.getBoundingClientRect().width,
+  paths: svg.querySelectorAll("path").length,
+}))
 """
 
 
@@ -97,6 +106,48 @@ def test_plots_follow_the_colours_of_the_page(tab, address):
     for before, after in zip(light, dark, strict=True):
         assert before["width"] > 300
         assert before["ink"] != after["ink"] and before["line"] != after["line"]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """All probes on a rule with learned constants, which S15 asks for too."""
+    rule = Hyper("sgd", (("learning_rate", 0.1),), fixed=(("momentum", 0.9),))
+    theta = rule.init_theta(None)
+    report = run_suite(rule, theta=theta, name="momentum", suite="full", probes=tiny())
+    traces = [result.trace for result in report.results if result.trace]
+    assert not traces, traces[0]
+    # It stands beside itself, so that the references are drawn as well.
+    beside = tuple(
+        result._replace(
+            references={"adam": result.measured}, others={"adam": result.verdict}
+        )
+        for result in report.results
+    )
+    report = dataclasses.replace(report, results=beside)
+    return write_report(report, tmp_path_factory.mktemp("real")).as_uri()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_of_all_real_probes(tab, real, width, dark):
+    tab.open(real, width=width, dark=dark)
+    assert tab.messages() == []
+    # Raster images within the plots are part of the page.
+    asked = [url for url in tab.requests() if not url.startswith("data:")]
+    assert asked == [real]
+    badges = tab.evaluate(BADGES)
+    assert len(badges) == len(PROBES)
+    for badge in badges:
+        assert badge["word"] in ("PASS", "WARN", "FAIL"), badge
+        assert badge["shown"] and badge["inside"], badge
+        assert badge["contrast"] > 4.5, badge
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    sizes = tab.evaluate(DRAWN)
+    assert len(sizes) == len(PROBES)
+    for size in sizes:
+        assert size["width"] > 300 and size["paths"] > 10, size
+    assert "could not be drawn" not in tab.evaluate("document.body.innerText")
 
 
 def test_the_browser_tells_of_errors(tab, tmp_path):
