@@ -243,7 +243,8 @@ def meta_train(
             buffers are reused by the next step, so copy what must outlive the call.
 
     Returns:
-        The last state; `state.theta` is what was learned.
+        The last state; `trained_theta(state)` is what was learned, `state.theta` but
+        where the outer optimizer keeps an average of it.
 
     Raises:
         MetaTrainingDiverged: after 20 non-finite meta-gradients in a row.

@@ -171,10 +171,10 @@ def check_name(name: str) -> None:
         )
 
 
-def label(name: str) -> str:
+def folder_name(name: str) -> str:
     """Returns the name of a dataset as part of a file name, different for each.
 
-    >>> label("emnist/letters:3.1.0")
+    >>> folder_name("emnist/letters:3.1.0")
     'emnist-letters@3.1.0'
     """
     return name.replace("/", "-").replace(":", "@")
@@ -197,7 +197,7 @@ def data_dir() -> pathlib.Path:
 
 def folder_of(name: str) -> pathlib.Path:
     """Returns the folder of one dataset."""
-    return data_dir() / label(name)
+    return data_dir() / folder_name(name)
 
 
 def prepared_others() -> list[str]:

@@ -162,7 +162,12 @@ def _other(
     if origin is None:
         builder = _builder_of(name, work)
         # What cannot be used is told before the download.
-        tfds_others.choose(name, builder.info, recipe)
+        chosen = tfds_others.choose(name, builder.info, recipe)
+        known = builder.info.splits
+        used = {recipe.train, recipe.test} & set(known)
+        tfds_others.check_memory(
+            name, chosen, sum(known[split].num_examples for split in used)
+        )
         _download(name, builder)
         prepared = pathlib.Path(builder.data_dir)
         prepared.rename(made / prepared.name)

@@ -104,7 +104,7 @@ def read(
         raise problem(name, f"{version} is damaged ({error}).", recipe) from error
     chosen = choose(name, builder.info, recipe)
     parts = _splits(name, found, recipe)
-    _check_memory(name, chosen, sum(found[s].num_examples for s in parts.values()))
+    check_memory(name, chosen, sum(found[s].num_examples for s in parts.values()))
     try:
         made = {part: _decode(builder, split, chosen) for part, split in parts.items()}
     except NotImplementedError as error:
@@ -211,7 +211,8 @@ def _other_test(recipe: Recipe, found: Any) -> Recipe:
     return recipe._replace(train="train[:80%]", test="train[80%:]")
 
 
-def _check_memory(name: str, chosen: Chosen, count: int) -> None:
+def check_memory(name: str, chosen: Chosen, count: int) -> None:
+    """Raises DataError if `count` images do not fit into memory."""
     size = count * math.prod(chosen.shape)
     if size > _LARGEST:
         height, width, _ = chosen.shape

@@ -24,7 +24,7 @@ from experiments.compare.suites import Entry
 from experiments.console import UsageError
 from metaopt.baselines import BASELINES, SCHEDULES
 from metaopt.baselines.schedules import over
-from metaopt.optimizers import Celo2, Hyper
+from metaopt.optimizers import Celo2, Hyper, SmallFC
 from metaopt.task import Task
 from metaopt.weights import save_weights
 
@@ -373,6 +373,16 @@ def test_meta_training_is_remembered():
     assert found.seen(tasks.ImageMLP(dataset="mnist")) == ""
     assert found.seen(tasks.Quadratic()) == ""
     assert contenders.find("adamw").seen(tasks.ImageMLP()) == ""
+
+
+def test_data_that_is_not_prepared_here_counts_as_seen(tmp_path):
+    path, rule = tmp_path / "theta.safetensors", SmallFC()
+    task = {"type": "ImageMLP", "dataset": "mnist/rotated:1.0.0"}
+    save_weights(path, rule.init_theta(jax.random.key(0)), rule, info={"task": task})
+    found = contenders.find(str(path))
+    assert found.trained_on == ()
+    assert found.seen(tasks.ImageMLP(dataset="mnist")) == "data"
+    assert found.seen(tasks.ImageMLP()) == ""
 
 
 def test_celo2_is_tuned_by_its_learning_rate_and_decay(tmp_path):

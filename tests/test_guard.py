@@ -194,16 +194,16 @@ def test_an_observer_keeps_what_the_optimizer_met():
         return observe(optax.adam(1e-2), num_steps, samples=samples)
 
     expected, *_ = run(adam, PARAMS, ones())
-    # Every third step, and nothing after the fourth look.
+    # Spread over all of the run, as even as they can be.
     params, state, *_ = run(lambda: observed(14, 4), PARAMS, ones())
     for k in H:
         np.testing.assert_array_equal(params[k], expected[k])
     tx, params = adam(), PARAMS
     inner, rows = tx.init(params), []
-    for step in range(10):
+    for step in range(14):
         grads = jax.grad(loss_fn)(params)
         updates, inner = tx.update(grads, inner, params)
-        if step % 3 == 0:
+        if step in (0, 3, 7, 10):
             rows.append(generic_features(grads, updates, params))
         params = optax.apply_updates(params, updates)
     rows = np.concatenate(rows)

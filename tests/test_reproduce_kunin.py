@@ -76,7 +76,7 @@ def test_exponents_are_those_of_the_langevin_equation(report):
     _, rows = report[1]["tables"].values()
     for row in rows:
         np.testing.assert_allclose(
-            row["exponent"], row["exponent, predicted"], atol=0.25
+            row["exponent"], row["exponent, predicted"], atol=0.1
         )
 
 

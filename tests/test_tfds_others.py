@@ -157,7 +157,8 @@ def test_names_are_checked(home):
         data.load("made_up_images/grey")
 
 
-def test_published_datasets_are_understood_before_their_download():
+def test_published_datasets_are_understood_before_their_download(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"TensorFlow.*data prepare cifar100$"):
         prepare("cifar100")
     with pytest.raises(DataError, match=r"prepare tf_flowers --size 32$"):

@@ -37,9 +37,6 @@ def small():
     return "made_up_images/small-6.4"
 
 
-IMAGE_TASKS = [name for name, cls in tasks.TASKS.items() if issubclass(cls, ImageTask)]
-
-
 def test_every_image_task_takes_it():
     name = "made_up_images/grey"
     prepare(name)

@@ -188,7 +188,12 @@ def _suite(options: argparse.Namespace) -> dict[str, Any]:
             added = on_dataset(dataset, num_steps)
         except ValueError as error:
             raise CommandError(str(error)) from error
-        suite = added | suite
+        for name, entry in added.items():
+            if suite.setdefault(name, entry).task != entry.task:
+                raise UsageError(
+                    f"--datasets {dataset} adds a task {name}, but the suite has "
+                    "another of this name."
+                )
     for name in options.tasks or ():
         check_choice("task", name, suite)
     chosen = {name: suite[name] for name in options.tasks or suite}

@@ -33,6 +33,7 @@ class Contender:
         identity: what its results depend on, as JSON.
         trained_on: tasks of its meta-training.
         trained_for: longest inner run of its meta-training, None if unknown.
+        sources: further datasets of its meta-training, whose tasks cannot be made here.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Contender:
     identity: Any = dataclasses.field(default=None, compare=False, repr=False)
     trained_on: tuple[Task, ...] = ()
     trained_for: int | None = None
+    sources: frozenset[str | None] = frozenset()
 
     @property
     def learned(self) -> bool:
@@ -56,7 +58,7 @@ class Contender:
         """
         if any(_alike(task, other) for other in self.trained_on):
             return "task"
-        used = {_source(other) for other in self.trained_on}
+        used = self.sources | {_source(other) for other in self.trained_on}
         return "data" if _source(task) in used - {None} else ""
 
 
@@ -90,7 +92,8 @@ def find(name: str) -> Contender:
     learned = {"rule": to_config(optimizer), "theta": digest.hexdigest()}
     label = _label(path) if path.is_file() else name
     trained = tuple(dict.fromkeys(_tasks_of(info)))
-    return Contender(label, rule, theta, learned, trained, trained_for(info))
+    horizon, sources = trained_for(info), frozenset(_sources_of(info))
+    return Contender(label, rule, theta, learned, trained, horizon, sources)
 
 
 def find_all(names: list[str]) -> list[Contender]:
@@ -117,6 +120,17 @@ def _source(task: Task) -> str | None:
     """Returns where the images of a task come from, None if it has none."""
     dataset = getattr(task, "dataset", None)
     return None if dataset is None else data.source(dataset)
+
+
+def _sources_of(info: Any) -> list[str]:
+    """Returns every dataset that provenance tells of, prepared here or not."""
+    if isinstance(info, list):
+        return [x for part in info for x in _sources_of(part)]
+    if not isinstance(info, dict):
+        return []
+    here = info.get("dataset")
+    found = [data.source(here)] if isinstance(here, str) else []
+    return found + [x for part in info.values() for x in _sources_of(part)]
 
 
 def _alike(task: Task, other: Task) -> bool:

@@ -78,6 +78,7 @@ def numbers(ranking: Ranking, task: str, names: Sequence[str]) -> str:
         for curve in ranking.cells[task, name].untuned[:1]:
             metrics |= dict.fromkeys(curve.metrics)
     measure = ranking.cells[task, ranking.reference].goal.measure
+    metrics = {name: None for name in metrics if name.replace("_", " ") != measure}
     columns = ["optimizer", f"training {measure}", f"test {measure}"]
     columns += [text(f"test {name}") for name in metrics]
     columns += ["speed-up", "setting", "untuned", "diverged"]

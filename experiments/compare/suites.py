@@ -108,6 +108,7 @@ _SMALL = {
 }
 
 _LONG = ("digits-mlp-tanh", "digits-conv")
+_LONG_LAPTOP = (*_LONG, "digits-mlp", "sinusoid", "two-moons")
 
 
 def _suite(
@@ -139,7 +140,7 @@ def _with_goals(num_steps: int) -> dict[str, Entry]:
 
 SUITES: dict[str, dict[str, Entry]] = {
     "quick": _suite(400, _DIGITS),
-    "laptop": _suite(400, _DIGITS, _SMALL, long=(*_LONG, "sinusoid", "two-moons")),
+    "laptop": _suite(400, _DIGITS, _SMALL, long=_LONG_LAPTOP),
     "goals": _with_goals(400),
     "full": {
         **_suite(1000, _DIGITS, _MORE_DIGITS, _WITHOUT_IMAGES, _OTHER_IMAGES),
@@ -169,5 +170,5 @@ def on_dataset(dataset: str, num_steps: int) -> dict[str, Entry]:
     size = _SIDE if max(height, width) > _SIDE else None
     mlp = tasks.ImageMLP(dataset, widths=(128, 128), image_size=size)
     conv = tasks.ImageConv(dataset, batch_size=64, image_size=size)
-    label = data.label(dataset)
+    label = data.folder_name(dataset)
     return _suite(num_steps, {f"{label}-mlp": mlp, f"{label}-conv": conv}, long=())

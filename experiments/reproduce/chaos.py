@@ -234,7 +234,7 @@ def rough_rows(name: str, cut: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     the paper.
     """
     median = np.median(cut["roughness"][..., :2], axis=(1, 3))
-    minima = np.median(cut["minima"][0], axis=(0, 2))
+    minima = np.median(cut["minima"][0, ..., :2], axis=(0, 2))
     rows = []
     for j, length in enumerate(cut["lengths"]):
         row = {"optimizer": name, "inner steps": int(length)}

@@ -146,7 +146,7 @@ def _loss(size: Size):
     """Returns the examples, the loss of a batch, and initial parameters, flattened."""
     task = size.task
     part = task.load().train
-    images = part.x.astype(jnp.float32) / datasets.DATASETS[task.dataset].peak
+    images = part.x.astype(jnp.float32) / datasets.info(task.dataset).peak
     params = task.init((), jax.random.key(2107))
     start, restore = jax.flatten_util.ravel_pytree(params)
     loss = lambda x, batch: task.loss(restore(x), batch, (), jax.random.key(0))[0]

@@ -18,7 +18,7 @@ from metaopt.stability.sequence_problems import (
     RecurrentNet,
     TransformerNet,
 )
-from metaopt.stability.spread import spread
+from metaopt.stability.spread import ranged, spread
 from metaopt.stability.survival import NEVER
 from metaopt.stability.system import System
 from metaopt.task import Task
@@ -135,8 +135,8 @@ class BatteryProbe(Probe):
             told += f", speed-up over Adam {spread(faster, '.2g')}"
         ranks, field = ranks_among(measured, references)
         if field > 1:
-            over = spread(np.mean(ranks, axis=1), ".2g")
-            told += f", mean rank {np.mean(ranks):.2g} of {field}, by problem {over}"
+            mean = ranged(np.mean(ranks), np.mean(ranks, axis=1), ".2g", "by problem")
+            told += f", mean rank {mean} of {field}"
         told += "."
         if near.any():
             count = int(near.sum())

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from metaopt import optimizers
 from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.stability.subject import Subject
 
@@ -11,8 +12,9 @@ def call_of(optimizer: Any, options: Mapping[str, Any]) -> str:
     """Returns the text of a call of `metaopt.stability.run_suite`.
 
     An optax transformation stands there as `tx`, a function that makes one as
-    `factory`, a `Subject` as `subject` and theta as `theta`, since none of them can be
-    written down; a learned optimizer is written out with its fields.
+    `factory`, a `Subject` as `subject`, theta as `theta` and a learned optimizer that
+    is not one of `metaopt.optimizers` as `optimizer`, since none of them can be written
+    down; those of `metaopt.optimizers` are written out with their fields.
 
     Args:
         optimizer: the first argument of the call.
@@ -21,11 +23,16 @@ def call_of(optimizer: Any, options: Mapping[str, Any]) -> str:
     >>> import optax
     >>> call_of(optax.sgd(0.1), {"name": "sgd", "theta": None, "seed": 0})
     "metaopt.stability.run_suite(tx, name='sgd', seed=0)"
+    >>> from metaopt.baselines import Baseline
+    >>> call_of(Baseline("adam"), {})
+    'metaopt.stability.run_suite(optimizer)'
     """
     if isinstance(optimizer, Subject):
         first = "subject"
-    elif isinstance(optimizer, LearnedOptimizer):
+    elif getattr(optimizers, type(optimizer).__name__, None) is type(optimizer):
         first = f"metaopt.optimizers.{optimizer!r}"
+    elif isinstance(optimizer, LearnedOptimizer):
+        first = "optimizer"
     else:
         first = "tx" if hasattr(optimizer, "update") else "factory"
     written = {"theta": "theta"}

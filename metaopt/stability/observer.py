@@ -31,7 +31,7 @@ def observe(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps what `guard(coverage=...)` must know of healthy runs; `tx` acts as before.
 
-    Every `num_steps // samples` steps, `samples` times in all, it stores the
+    At `samples` steps, spread evenly over the whole run, it stores the
     `generic_features` of gradient, update and parameters. `observed_features` reads
     them from the state.
 
@@ -59,7 +59,8 @@ def observe(
         raise ValueError(
             f"samples must be at most num_steps={num_steps}, got {samples}."
         )
-    tx, every = optax.with_extra_args_support(tx), num_steps // samples
+    tx = optax.with_extra_args_support(tx)
+    looks = np.array([k * num_steps // samples for k in range(samples)], np.int32)
 
     def init(params):
         like = jax.eval_shape(generic_features, params, params, params)
@@ -72,9 +73,10 @@ def observe(
                 "observe reads the parameters: call tx.update(grads, state, params)."
             )
         updates, inner = tx.update(grads, state.inner, params, **extra)
-        place, rest = state.step // every, state.step % every
+        due = jnp.asarray(looks) == state.step
+        place = jnp.argmax(due)
         rows = jax.lax.cond(
-            (rest == 0) & (place < samples),
+            due.any(),
             lambda: state.rows.at[place].set(generic_features(grads, updates, params)),
             lambda: state.rows,
         )
