@@ -56,8 +56,9 @@ def pes_difference(
         moved = unit(estimate.grad)
         return (jax.tree.map(lambda t, g: t - STD * g, theta, moved), state), None
 
-    start = (theta, estimator.init(theta, data, key))
-    keys = jax.random.split(key, episodes * (learner.horizon // window))
+    init_key, run_key = jax.random.split(key)
+    start = (theta, estimator.init(theta, data, init_key))
+    keys = jax.random.split(run_key, episodes * (learner.horizon // window))
     (last, _), _ = jax.lax.scan(step, start, keys)
     return unit(jax.tree.map(jnp.subtract, last, theta))
 

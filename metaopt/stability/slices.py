@@ -57,7 +57,7 @@ def meta_loss_slices(
         offsets: positions along the lines, `[n]`.
         plane: positions along both axes of the plane, `[m]`.
     """
-    problem_key, direction_key, unroll_key = jax.random.split(key, 3)
+    problem_key, random_key, unroll_key, pes_key, es_key = jax.random.split(key, 5)
     learner, theta = problem
     data = learner.draw(problem_key)
 
@@ -71,8 +71,7 @@ def meta_loss_slices(
         return jnp.stack([running[t - 1] / t for t in lengths])
 
     gradient = unit(jax.grad(lambda x: jnp.mean(losses(x, lengths[0])))(theta))
-    random = _orthogonal(normal_like(direction_key, theta, 1.0), gradient)
-    pes_key, es_key = jax.random.split(jax.random.fold_in(direction_key, 1))
+    random = _orthogonal(normal_like(random_key, theta, 1.0), gradient)
     iterates = pes_difference(problem, data, pes_key)
     covariance = top_covariance(problem, data, es_key)
 
