@@ -533,5 +533,27 @@ def test_shipped_references_are_up_to_date_and_pass(path):
         assert verdict.level is Level.PASS, (name, verdict.reason)
 
 
+def test_packed_references_are_read_as_they_were(tmp_path, monkeypatch):
+    """Floats of 12 bits pass unchanged in any shape; others keep their type."""
+    measured = {
+        "whole": np.array([[1.5, -np.inf], [np.nan, 2.0**-130]], np.float32),
+        "empty": np.zeros((0, 3), np.float32),
+        "scalar": np.array(0.25, np.float32),
+        "count": np.array([3, 4]),
+        "wave": np.array([1.0 + 2.0j], np.complex64),
+        "names": np.array(["a", "bc"]),
+    }
+    path = tmp_path / "quick-S1.npz"
+    path.write_bytes(references.pack(Told(), {"adam": measured}))
+    with np.load(path) as archive:
+        assert archive["adam|whole|planes"].shape == (4, 2, 2)
+    monkeypatch.setattr(references, "_FOLDER", tmp_path)
+    found = references.load("quick", Told())["adam"]
+    assert set(found) == set(measured)
+    for name, x in measured.items():
+        assert found[name].dtype == x.dtype and found[name].shape == x.shape
+        np.testing.assert_array_equal(found[name], x)
+
+
 def test_shipped_references_are_small():
     assert sum(path.stat().st_size for path in SHIPPED) < 300_000
