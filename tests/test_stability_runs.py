@@ -1,4 +1,4 @@
-"""Probes S7, S8, S9, S10 and S15 against closed forms and hand computations."""
+"""Probes S7, S8, S9 and S10 against closed forms and hand computations."""
 
 import dataclasses
 import functools
@@ -9,11 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt.optimizers import STAR, Celo2, SmallFC
 from metaopt.stability import (
     battery,
     classical,
-    coverage,
     fault_probe,
     faults,
     horizon,
@@ -394,79 +392,6 @@ def test_scores_of_the_battery():
         changed["diverged_at"][where] = 3.0
         assert probe.judge(changed, {"adam": adam}).level is level
     assert probe.judge(mine, {"adam": adam}).level is Level.PASS
-
-
-def test_coverage_of_a_normal_distribution():
-    rng = np.random.default_rng(0)
-    mixing = np.array([[1.0, 0.9, 0.0], [0.0, 0.3, 0.0], [0.0, 0.0, 2.0]])
-    fitted = coverage.fit_coverage(rng.standard_normal((20_000, 3)) @ mixing + 5.0)
-    # The 99.9th percentile of chi-squared with 3 degrees of freedom.
-    assert abs(float(fitted.limit) - 16.27) < 1.5
-    fresh = rng.standard_normal((20_000, 3)) @ mixing + 5.0
-    assert float(coverage.share_beyond(fitted, jnp.asarray(fresh))) < 0.003
-    assert float(coverage.share_beyond(fitted, jnp.asarray(fresh + 50))) == 1.0
-    broken = jnp.asarray(fresh).at[:10_000, 0].set(jnp.nan)
-    assert abs(float(coverage.share_beyond(fitted, broken)) - 0.5) < 0.003
-    with pytest.raises(ValueError, match="at least 30 finite rows"):
-        coverage.fit_coverage(np.zeros((20, 3)))
-
-
-@pytest.mark.parametrize("rule", [SmallFC(), STAR(), Celo2()], ids=lambda r: str(r)[:5])
-def test_network_features_drive_the_network(rule):
-    """The first layer applied to them gives the same update as the optimizer."""
-    theta = rule.init_theta(KEY)
-    params = {"w": jax.random.normal(KEY, (3, 4)), "b": jnp.arange(2.0) - 0.3}
-    tx = rule.as_optax(theta)
-    grads = jax.tree.map(lambda p: jnp.cos(9 * p), params)
-    updates, state = tx.update(grads, tx.init(params), params)
-    x = np.sinh(np.asarray(coverage.network_features(rule, state, grads, params)))
-    celo2 = isinstance(rule, Celo2)
-    rows = slice(None) if celo2 else slice(2, None)  # "b" comes first
-    assert x.shape == (12, 30) if celo2 else x.shape == (14, 28)
-    # By the normaliser the mean square of each feature over a tensor is 1 at most.
-    square = np.mean(x[rows] ** 2, axis=0)
-    assert (square < 1 + 1e-4).all() and np.median(square) > 0.9
-    if type(rule) is not SmallFC:
-        return
-    network = theta["network"]
-    time = np.tanh(
-        0.0 / np.array([1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5]) - 1
-    )
-    y = np.concatenate([x, np.tile(time, (len(x), 1))], axis=1)
-    for i in range(3):
-        layer = network[f"linear_{i}"]
-        y = y @ np.asarray(layer["w"]) + np.asarray(layer["b"])
-        y = np.maximum(y, 0) if i < 2 else y
-    wanted = -1e-3 * y[:, 0] * np.exp(1e-3 * y[:, 1])
-    np.testing.assert_allclose(wanted[:2], updates["b"], rtol=1e-3)
-    np.testing.assert_allclose(wanted[2:].reshape(3, 4), updates["w"], rtol=1e-3)
-
-
-@pytest.mark.slow
-def test_coverage_probe():
-    probe = coverage.CoverageProbe(
-        home=TINY,
-        away=(("bowl", Bowl()),),
-        base=40,
-        max_steps=80,
-        multiple=2,
-        samples=10,
-        num_seeds=2,
-    )
-    measured = probe.measure(subject(optax.adam(1e-2), name="adam"), KEY)
-    assert list(measured["places"]) == ["same problem", "2 times longer", "bowl"]
-    assert measured["share"].shape == (3, 2, 10)
-    assert np.median(measured["share"][0]) < 0.05
-    assert probe.judge(measured, {}).level is Level.PASS
-    foreign = measured | {"share": np.full((3, 2, 10), 0.2)}
-    assert probe.judge(foreign, {}).level is Level.WARN
-
-
-def test_coverage_is_a_question_to_learned_rules_only():
-    probe = coverage.CoverageProbe()
-    assert "has learned no inputs" in probe.applies(sgd(0.1))
-    rule = SmallFC()
-    assert probe.applies(subject(rule, theta=rule.init_theta(KEY))) is None
 
 
 def test_plots_draw():

@@ -21,7 +21,7 @@ from experiments import backend, subjects
 from experiments.console import UsageError
 from metaopt.optimizers import SmallFC
 from metaopt.stability import field, records, references, results, suite
-from metaopt.stability.coverage import CoverageProbe
+from metaopt.stability.coverage_probe import CoverageProbe
 from metaopt.stability.horizon import HorizonProbe
 from metaopt.stability.lyapunov import LyapunovProbe
 from metaopt.stability.probe import Level, Verdict

@@ -1,8 +1,11 @@
 """The small networks that learned optimizers apply to every parameter."""
 
+import contextvars
 import functools
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -14,6 +17,52 @@ import jax.numpy as jnp
 _UNROLLED_WIDTH = 8
 _CHUNK = 4096
 _LARGE_CHUNK = 2**20
+
+
+class Activations(NamedTuple):
+    """What one network did for the `n` elements of one tensor.
+
+    Attributes:
+        hidden: inputs of the ReLUs, one layer after the other, `[units, n]`.
+        outputs: `[heads, n]`.
+    """
+
+    hidden: jax.Array
+    outputs: jax.Array
+
+
+_seen: contextvars.ContextVar[list[Activations] | None] = contextvars.ContextVar(
+    "seen", default=None
+)
+
+
+def with_activations(
+    function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[Any, list[Activations]]:
+    """Calls a function and looks at the networks that it applies.
+
+    Args:
+        function: such as `tx.update` of a learned optimizer. Networks that it applies
+            under a `jit`, `vmap` or `scan` of its own cannot be seen from outside.
+        *args: its arguments.
+        **kwargs: more of them.
+
+    Returns:
+        What the function returns, and one entry per call of `network_outputs`.
+
+    >>> from metaopt.optimizers import SmallFC
+    >>> tx = SmallFC().as_optax(SmallFC().init_theta(jax.random.key(0)))
+    >>> params = jnp.ones((2, 3))
+    >>> _, found = with_activations(tx.update, params, tx.init(params), params)
+    >>> [(x.hidden.shape, x.outputs.shape) for x in found]
+    [((8, 6), (2, 6))]
+    """
+    found: list[Activations] = []
+    token = _seen.set(found)
+    try:
+        return function(*args, **kwargs), found
+    finally:
+        _seen.reset(token)
 
 
 def init_network(key: jax.Array, sizes: tuple[int, ...]) -> dict[str, chex.ArrayTree]:
@@ -55,6 +104,11 @@ def network_outputs(
             first layer.
     """
     rest = [layers[f"linear_{i}"] for i in range(1, len(layers))]
+    if (seen := _seen.get()) is not None:
+        *hidden, outputs = _all_layers(rest, weights, inputs, start)
+        # Without hidden layers there are no ReLUs.
+        hidden = hidden or [jnp.zeros((0, outputs.shape[1]))]
+        seen.append(Activations(jnp.concatenate(hidden), outputs))
     narrow = weights.shape[1] <= _UNROLLED_WIDTH
     return jax.lax.platform_dependent(
         rest,
@@ -127,6 +181,12 @@ def _unrolled_jvp(primals, tangents):
 
 
 def _matmul(rest, weights, inputs, start):
+    outputs = _all_layers(rest, weights, inputs, start)[-1]
+    return list(outputs.reshape(-1, *inputs[0].shape))
+
+
+def _all_layers(rest, weights, inputs, start):
+    """Returns what every layer gives before its ReLU, each `[units, n]`."""
     shape = inputs[0].shape
     x = jnp.stack(inputs).reshape(len(inputs), -1)
     # On a GPU the default rounds the factors to ten bits.
@@ -138,6 +198,8 @@ def _matmul(rest, weights, inputs, start):
     else:
         offset = jnp.broadcast_to(offset, (len(hidden), *shape))
         hidden = hidden + offset.reshape(hidden.shape)
+    layers = [hidden]
     for layer in rest:
         hidden = product(layer["w"].T, jax.nn.relu(hidden)) + layer["b"][:, None]
-    return list(hidden.reshape(-1, *shape))
+        layers.append(hidden)
+    return layers

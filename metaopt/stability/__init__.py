@@ -1,6 +1,12 @@
 """The stability suite: know whether an optimizer can be trusted before a long run."""
 
-from metaopt.stability.coverage import Coverage, fit_coverage, generic_features
+from metaopt.stability.coverage import (
+    Coverage,
+    fit_coverage,
+    generic_features,
+    load_coverage,
+    save_coverage,
+)
 from metaopt.stability.guard_state import guard_report
 from metaopt.stability.observer import observe, observed_features
 from metaopt.stability.online_guard import guard
@@ -15,8 +21,10 @@ __all__ = [
     "generic_features",
     "guard",
     "guard_report",
+    "load_coverage",
     "observe",
     "observed_features",
     "run_suite",
+    "save_coverage",
     "write_report",
 ]

@@ -1,29 +1,22 @@
-"""S15: are the inputs of an optimizer like those it was trained on?"""
+"""Where the inputs of an optimizer lie, and how many of others lie beyond."""
 
-import dataclasses
-import functools
-from typing import ClassVar, NamedTuple
+import os
+import pathlib
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from metaopt import validate
-from metaopt.optimizers import features
-from metaopt.optimizers.base import LearnedOptimizer
-from metaopt.optimizers.celo2 import Celo2
-from metaopt.optimizers.small_fc import SmallFC
-from metaopt.stability.horizon import BOWL, MOONS
-from metaopt.stability.probe import Level, Probe, Verdict
-from metaopt.stability.problems import GratingsNet, MoonsNet
-from metaopt.stability.spread import spread
-from metaopt.stability.system import System
-from metaopt.task import Task
+from metaopt._files import write_atomically
 
 
 class Coverage(NamedTuple):
-    """Where the inputs of an optimizer lie; plain arrays, ready to be stored.
+    """Where the inputs of an optimizer lie; `save_coverage` stores it.
 
     Attributes:
         mean: mean of the `f` features, `[f]`.
@@ -77,6 +70,85 @@ def share_beyond(coverage: Coverage, x: jax.Array) -> jax.Array:
     return jnp.mean(~(squared_distances(coverage, x) <= coverage.limit))
 
 
+def save_coverage(path: str | os.PathLike[str], **coverages: Coverage) -> None:
+    """Writes coverages into one safetensors file, each under the name it is given.
+
+    The file appears in one step: an interrupted save leaves what was there before.
+
+    Args:
+        path: the file to write; folders above it are created.
+        **coverages: at least one, with finite arrays. Names in use are "generic" for
+            `generic_features`, and "inputs" and "hidden" for those that probe S15
+            compares with.
+
+    Raises:
+        ValueError: listing every array that does not fit.
+        OSError: naming the path, if it cannot be written.
+
+    >>> import tempfile
+    >>> known = Coverage(jnp.zeros(2), jnp.eye(2), jnp.float32(13.8))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder, "healthy.safetensors")
+    ...     save_coverage(path, generic=known)
+    ...     load_coverage(path)["generic"].whitening.tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    if not coverages:
+        raise ValueError("coverages must be given by name, as in generic=known.")
+    for name, coverage in coverages.items():
+        validate.instance(name, coverage, Coverage, "fit_coverage(x)")
+    tensors = {
+        f"{name}/{field}": np.array(x, np.float32, order="C")
+        for name, coverage in coverages.items()
+        for field, x in coverage._asdict().items()
+    }
+    if problems := _unfit(tensors):
+        raise ValueError(f"coverages do not fit: {'; '.join(problems)}.")
+    write_atomically(pathlib.Path(path), safetensors.numpy.save(tensors))
+
+
+def load_coverage(path: str | os.PathLike[str]) -> dict[str, Coverage]:
+    """Reads what `save_coverage` wrote: coverages by name.
+
+    Raises:
+        ValueError: naming the path, if it is another file or damaged.
+        OSError: if the file cannot be read.
+    """
+    try:
+        tensors = safetensors.numpy.load(pathlib.Path(path).read_bytes())
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{path} must be a file of save_coverage, got another or a damaged one."
+        ) from error
+    if problems := _unfit(tensors):
+        raise ValueError(
+            f"{path} must be a file of save_coverage: {'; '.join(problems)}."
+        )
+    names = sorted({name.rpartition("/")[0] for name in tensors})
+    return {
+        name: Coverage(*(jnp.asarray(tensors[f"{name}/{x}"]) for x in Coverage._fields))
+        for name in names
+    }
+
+
+def _unfit(tensors: dict[str, np.ndarray]) -> list[str]:
+    """Returns what keeps tensors from being coverages."""
+    problems = [] if tensors else ["it is empty"]
+    names = sorted({name.rpartition("/")[0] for name in tensors})
+    for name in names:
+        f = tensors.get(f"{name}/mean", np.zeros(0)).size
+        wanted = {"mean": (f,), "whitening": (f, f), "limit": ()}
+        for key, shape in wanted.items():
+            x = tensors.get(f"{name}/{key}")
+            if x is None or x.shape != shape:
+                has = "is missing" if x is None else f"has shape {x.shape}"
+                problems.append(f"{name}/{key} {has}, needs {shape}")
+            elif x.dtype != np.float32 or not np.isfinite(x).all():
+                problems.append(f"{name}/{key} must be finite float32")
+    known = {f"{name}/{key}" for name in names for key in Coverage._fields}
+    return problems + [f"unexpected {name}" for name in sorted(set(tensors) - known)]
+
+
 def generic_features(
     grads: chex.ArrayTree,
     updates: chex.ArrayTree,
@@ -112,203 +184,3 @@ def generic_features(
     g, u, p = sample(grads), sample(updates), sample(params)
     sizes = [jnp.log(jnp.abs(x) + 1e-12) for x in (g, u, p)]
     return jnp.stack([*sizes, -jnp.sign(g * u)], axis=-1)
-
-
-def network_features(
-    rule: LearnedOptimizer,
-    state: chex.ArrayTree,
-    grads: chex.ArrayTree,
-    params: chex.ArrayTree,
-) -> jax.Array:
-    """Returns the inputs of the network of `SmallFC`, `STAR` or `Celo2`, by `asinh`.
-
-    Args:
-        rule: the learned optimizer.
-        state: its state after the update.
-        grads: the gradients of that update.
-        params: parameters before it.
-
-    Returns:
-        Features `[n, f]` of all coordinates that the network updates.
-
-    Raises:
-        TypeError: if the inputs of `rule` are not known here.
-    """
-    if isinstance(rule, Celo2):
-        state = state.inner.inner_states["network"].inner_state[0]
-    elif not isinstance(rule, SmallFC):
-        raise TypeError(f"rule must be a SmallFC, STAR or Celo2, got rule={rule!r}.")
-    treedef = jax.tree.structure(params)
-    averages = (state.momenta, state.square, state.row, state.col)
-    columns = [treedef.flatten_up_to(x) for x in (grads, params, *averages)]
-    rows = []
-    for g, p, m, v, row, col in zip(*columns, strict=True):
-        if isinstance(rule, Celo2) and jnp.ndim(p) < 2:
-            continue
-        rows.append(_leaf_features(isinstance(rule, Celo2), g, p, m, v, row, col))
-    return jnp.arcsinh(jnp.concatenate(rows))
-
-
-def _leaf_features(celo2, g, p, m, v, row, col):
-    """Returns the normalised features `[n, f]` of one tensor."""
-    g, p = g.astype(jnp.float32), p.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(v + (1e-8 if celo2 else 1e-6))
-    if g.ndim < 2:
-        col = row
-        factor = features.safe_rsqrt(row + 1e-9)
-        momentum_factor = jax.lax.rsqrt(row + 1e-6)
-    else:
-        d1, d0 = features.factored_axes(g.shape)
-        r, c = features.factors(row, col, g.shape)
-        factor = jnp.expand_dims(r, 1 + d0) * jnp.expand_dims(c, 1 + d1)
-        momentum_factor = factor
-        row, col = jnp.expand_dims(row, 1 + d0), jnp.expand_dims(col, 1 + d1)
-    rows = [g, jnp.clip(g, -0.1, 0.1), p] if celo2 else [g, p]
-    rows += [*m, v, *(m * inverse), inverse, *(g * factor)]
-    rows += [g * inverse] if celo2 else []
-    rows += [*row, *col, *jax.lax.rsqrt(row + 1e-8), *jax.lax.rsqrt(col + 1e-8)]
-    rows += [*(m * momentum_factor)]
-    x = jnp.stack([jnp.broadcast_to(y, g.shape) for y in rows])
-    axes = (-2, -1) if celo2 else tuple(range(1, x.ndim))
-    eps = 1e-9 if celo2 else 1e-5
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + eps)
-    return x.reshape(x.shape[0], -1).T
-
-
-@functools.partial(
-    jax.jit, static_argnames=("system", "generic", "samples", "every", "num_seeds")
-)
-def collect_features(system, key, *, generic, samples, every, num_seeds):
-    """Returns features `[seeds, samples, n, f]`, seen every `every`-th step of runs."""
-    learned = None if generic else system.subject.learned
-
-    def one(key):
-        start_key, run_key = jax.random.split(key)
-        instance, state = system.start(start_key)
-
-        def sample(state, key):
-            data = system.task.load()
-            short = functools.partial(system.rollout, length=every - 1)
-            rest_key, key = jax.random.split(key)
-            state = short(instance, data, state, rest_key)[0] if every > 1 else state
-            loss, grads = system.gradient(instance, data, state.params, key)
-            updates, opt_state = system.transformation().update(
-                grads, state.opt_state, state.params, value=loss
-            )
-            if learned is None:
-                x = generic_features(grads, updates, state.params)
-            else:
-                x = network_features(learned[0], opt_state, grads, state.params)
-            params = jax.tree.map(jnp.add, state.params, updates)
-            return state._replace(params=params, opt_state=opt_state), x
-
-        return jax.lax.scan(sample, state, jax.random.split(run_key, samples))[1]
-
-    return jax.vmap(one)(jax.random.split(key, num_seeds))
-
-
-@dataclasses.dataclass(frozen=True)
-class CoverageProbe(Probe):
-    """Fits the inputs of an optimizer on one problem and looks at others.
-
-    Attributes:
-        home: the problem whose inputs are taken as known.
-        away: names and problems to compare.
-        base: horizon that is assumed for rules that declare none.
-        max_steps: upper limit of the length in steps.
-        multiple: how much longer the long run is.
-        samples: times per run at which inputs are looked at.
-        num_seeds: runs per problem.
-    """
-
-    code: ClassVar[str] = "S15"
-    title: ClassVar[str] = "Input coverage"
-    question: ClassVar[str] = "Are the optimizer's inputs like those it knows?"
-    has_references: ClassVar[bool] = False
-
-    home: Task = MOONS
-    away: tuple[tuple[str, Task], ...] = (("bowl", BOWL),)
-    base: int = 200
-    max_steps: int = 2000
-    multiple: int = 10
-    samples: int = 20
-    num_seeds: int = 3
-
-    def __post_init__(self):
-        for name in ("base", "max_steps", "multiple", "samples", "num_seeds"):
-            validate.integer(name, getattr(self, name))
-
-    @classmethod
-    def full(cls):
-        wide = MoonsNet(widths=(64, 64), batch_size=32)
-        away = (("bowl", BOWL), ("wider net", wide), ("gratings", GratingsNet()))
-        return cls(away=away, base=2000, max_steps=100_000, samples=100, num_seeds=5)
-
-    def applies(self, subject):
-        if subject.learned is None:
-            return "A hand-designed rule has learned no inputs: none are foreign to it."
-        return None
-
-    def measure(self, subject, key):
-        known = subject.learned and isinstance(subject.learned[0], SmallFC | Celo2)
-        horizon = min(subject.horizon or self.base, self.max_steps)
-        keys = jax.random.split(key, 3)
-        sizes = {"generic": not known, "num_seeds": self.num_seeds}
-
-        def features_of(task, steps, key):
-            every = max(1, steps // self.samples)
-            system = System(task, subject, steps)
-            x = collect_features(
-                system, key, samples=self.samples, every=every, **sizes
-            )
-            return np.asarray(x)
-
-        home = features_of(self.home, horizon, keys[0])
-        coverage = fit_coverage(home.reshape(-1, home.shape[-1]))
-        places = {"same problem": (self.home, horizon)}
-        longer = min(self.max_steps, self.multiple * horizon)
-        places[f"{longer / horizon:.0f} times longer"] = (self.home, longer)
-        places |= {name: (task, horizon) for name, task in self.away}
-        shares = []
-        for task, steps in places.values():
-            x = features_of(task, steps, keys[1])
-            lanes = jax.vmap(jax.vmap(lambda x: share_beyond(coverage, x)))
-            shares.append(np.asarray(lanes(x)))
-        return {
-            "places": np.array(list(places)),
-            "share": np.stack(shares),
-            "mean": np.asarray(coverage.mean),
-            "whitening": np.asarray(coverage.whitening),
-            "limit": np.asarray(coverage.limit),
-        }
-
-    def judge(self, measured, references):
-        """WARN if more than 5% of the coordinates are unlike home in a longer run.
-
-        By construction 0.1% are on the same problem; 5% is fifty times that, the bound
-        that the literature proposes. Other problems are shown but not judged: a foreign
-        problem should look foreign. A hand-designed rule has learned nothing, so that
-        the probe does not apply to it.
-        """
-        runs = measured["share"].mean(axis=-1)
-        shares = np.median(runs, axis=-1)
-        places = [str(name) for name in measured["places"]]
-        told = ", ".join(
-            f"{name} {spread(each, '.1%')}"
-            for name, each in zip(places, runs, strict=True)
-        )
-        reason = f"Coordinates beyond the 99.9th percentile of the inputs: {told}."
-        value = float(shares[:2].max())
-        level = Level.PASS if value <= 0.05 else Level.WARN
-        return Verdict(level, value, 0.05, reason)
-
-    def plot(self, measured, references, axes):
-        share = np.median(measured["share"], axis=1)
-        x = np.linspace(0.0, 1.0, share.shape[-1])
-        for name, y in zip(measured["places"], share, strict=True):
-            axes.plot(x, 100.0 * y, label=str(name))
-        axes.axhline(5.0, linestyle="--", linewidth=1.0, label="5%")
-        axes.set_yscale("symlog", linthresh=0.1)
-        axes.set_xlabel("share of the run")
-        axes.set_ylabel("coordinates with unknown inputs (%)")
-        axes.legend()

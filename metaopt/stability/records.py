@@ -102,7 +102,8 @@ def digest(subject: Subject) -> str:
     sha = hashlib.sha256()
     plan = (10, 1000) if subject.needs_num_steps else (10,)
     made = [subject.factory(num_steps) for num_steps in plan]
-    _feed(sha, (made, subject.horizon, subject.needs_num_steps), set())
+    told = (subject.horizon, subject.needs_num_steps, subject.coverage)
+    _feed(sha, (made, *told), set())
     return sha.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Subject: an optimizer under examination, learned or hand-designed."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -12,8 +12,12 @@ import optax
 
 from metaopt import validate
 from metaopt.optimizers.base import LearnedOptimizer
+from metaopt.stability.coverage import Coverage
 
 Factory = Callable[[int], optax.GradientTransformation]
+
+# Of what a learned optimizer may bring the coverage in its meta-training.
+KNOWN = ("inputs", "hidden")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Subject:
         mixes_coordinates: whether the update of a coordinate depends on the gradients
             of others in its tensor.
         learned: the learned optimizer and its theta, None for hand-designed rules.
+        coverage: what its inputs and hidden layers were in meta-training, see `inputs`.
 
     >>> adam = subject(optax.adam(1e-3), name="adam")
     >>> adam.mixes_coordinates
@@ -42,6 +47,9 @@ class Subject:
     needs_num_steps: bool = False
     mixes_coordinates: bool = False
     learned: tuple[LearnedOptimizer, chex.ArrayTree] | None = dataclasses.field(
+        default=None, compare=False
+    )
+    coverage: Mapping[str, Coverage] | None = dataclasses.field(
         default=None, compare=False
     )
 
@@ -61,6 +69,7 @@ def subject(
     theta: chex.ArrayTree | None = None,
     name: str | None = None,
     horizon: int | None = None,
+    coverage: Mapping[str, Coverage] | None = None,
 ) -> Subject:
     """Makes a `Subject` of anything that trains.
 
@@ -70,11 +79,14 @@ def subject(
         theta: meta-parameters of a `LearnedOptimizer`.
         name: how reports call it; the class name by default.
         horizon: inner steps of the runs it was meta-trained for.
+        coverage: what the "inputs" and "hidden" layers of a `LearnedOptimizer` were in
+            its meta-training, from `load_coverage`; probe S15 compares with it.
 
     Raises:
         TypeError: if `optimizer` is none of these.
         ValueError: if a `LearnedOptimizer` comes without `theta`, or anything else with
-            it; if the rule gives updates of another shape than its gradients.
+            it or with `coverage`; if `coverage` has other names; if the rule gives
+            updates of another shape than its gradients.
 
     >>> subject(lambda num_steps: optax.sgd(optax.linear_schedule(1, 0, num_steps)),
     ...         name="sgd").needs_num_steps
@@ -83,12 +95,13 @@ def subject(
     if horizon is not None:
         validate.integer("horizon", horizon)
     if isinstance(optimizer, LearnedOptimizer):
-        return _learned(optimizer, theta, name, horizon)
-    if theta is not None:
-        raise ValueError(
-            "theta must be None for an optimizer that is no LearnedOptimizer, "
-            f"got theta with optimizer={optimizer!r}."
-        )
+        return _learned(optimizer, theta, name, horizon, coverage)
+    for word, value in (("theta", theta), ("coverage", coverage)):
+        if value is not None:
+            raise ValueError(
+                f"{word} must be None for an optimizer that is no LearnedOptimizer, "
+                f"got {word} with optimizer={optimizer!r}."
+            )
     if isinstance(optimizer, optax.GradientTransformation):
         factory, needs = (lambda num_steps: optimizer), False
     elif callable(optimizer):
@@ -102,11 +115,16 @@ def subject(
     return Subject(name, factory, horizon, needs, _mixes(factory))
 
 
-def _learned(optimizer, theta, name, horizon):
+def _learned(optimizer, theta, name, horizon, coverage):
     if theta is None:
         raise ValueError(
             "theta must be given with a LearnedOptimizer, as in "
             "subject(*metaopt.load_weights(path)), got theta=None."
+        )
+    if coverage is not None and not {"inputs"} <= set(coverage) <= set(KNOWN):
+        raise ValueError(
+            'coverage must hold "inputs" and may hold "hidden", '
+            f"got {sorted(coverage)}."
         )
     needs = optimizer.needs_num_steps
 
@@ -120,6 +138,7 @@ def _learned(optimizer, theta, name, horizon):
         needs,
         _mixes(factory),
         (optimizer, theta),
+        coverage,
     )
 
 

@@ -22,7 +22,7 @@ from metaopt.stability.alignment import AlignmentProbe
 from metaopt.stability.battery import BatteryProbe
 from metaopt.stability.branching import BranchingProbe
 from metaopt.stability.call import call_of
-from metaopt.stability.coverage import CoverageProbe
+from metaopt.stability.coverage_probe import CoverageProbe
 from metaopt.stability.edge import EdgeProbe
 from metaopt.stability.fault_probe import FaultProbe
 from metaopt.stability.gradient_variance import GradientVarianceProbe
