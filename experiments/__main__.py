@@ -31,6 +31,10 @@ COMMANDS = {
         "tell whether an optimizer can be trusted before a long run",
         "experiments.stability",
     ),
+    "coverage": (
+        "store what the inputs of trained weights were in meta-training",
+        "experiments.coverage",
+    ),
     "examine": (
         "take an optimizer apart: momenta, learning rates, update functions",
         "experiments.examine",

@@ -11,7 +11,7 @@ import metaopt
 from experiments.console import UsageError, check_choice
 from metaopt import validate
 from metaopt.baselines import BASELINES, make
-from metaopt.stability import field
+from metaopt.stability import field, load_coverage, references
 from metaopt.stability.subject import Subject, subject
 from metaopt.weights import load_with_info
 
@@ -36,7 +36,14 @@ def find(name: str, *, rate: float | None, horizon: int | None) -> Subject:
         if pathlib.Path(name).is_file() or name in metaopt.available():
             optimizer, theta, info = load_with_info(name)
             horizon = horizon or trained_for(info)
-            return subject(optimizer, theta=theta, name=name, horizon=horizon)
+            file = coverage_file(name)
+            return subject(
+                optimizer,
+                theta=theta,
+                name=name,
+                horizon=horizon,
+                coverage=load_coverage(file) if file.is_file() else None,
+            )
         if ":" in name:
             return _made(name, horizon)
     except (TypeError, ValueError, OSError) as error:
@@ -48,6 +55,18 @@ def find(name: str, *, rate: float | None, horizon: int | None) -> Subject:
         raise UsageError(f"{name} is hand-designed and needs --learning-rate.")
     check_choice("optimizer", name, options)
     return known[name]
+
+
+def coverage_file(name: str) -> pathlib.Path:
+    """Returns where the coverage of a safetensors file or of bundled weights lies.
+
+    >>> coverage_file("images-star").name
+    'coverage-images-star.safetensors'
+    """
+    if name in metaopt.available():
+        folder = pathlib.Path(references.__file__).parent
+        return folder / f"coverage-{name}.safetensors"
+    return pathlib.Path(name).with_suffix(".coverage.safetensors")
 
 
 def trained_for(info: Any) -> int | None:

@@ -1,6 +1,7 @@
 """S15: coverages, what is seen of learned rules and their networks, and files."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import optax
 import pytest
 import safetensors.numpy
 
+from experiments import __main__ as door
+from experiments import subjects
 from metaopt.optimizers import (
     MLP,
     STAR,
@@ -26,12 +29,14 @@ from metaopt.stability import (
     coverage_probe,
     inputs,
     load_coverage,
+    references,
     save_coverage,
 )
 from metaopt.stability.probe import Level
 from metaopt.stability.problems import Bowl, MoonsNet
 from metaopt.stability.records import digest
 from metaopt.stability.subject import subject
+from metaopt.weights import load_with_info, save_weights
 
 KEY = jax.random.key(0)
 TINY = MoonsNet(widths=(3,), batch_size=8, samples=16)
@@ -277,3 +282,41 @@ def test_coverage_is_a_question_to_learned_rules_only():
     assert "has learned no inputs" in probe.applies(subject(optax.sgd(0.1)))
     rule = SmallFC()
     assert probe.applies(subject(rule, theta=rule.init_theta(KEY))) is None
+
+
+def test_command_stores_coverage_beside_the_weights(tmp_path, capsys):
+    path, rule = tmp_path / "x.safetensors", SmallFC(widths=(3,))
+    task = {"type": "NoisyQuadratic", "dim": 30}
+    learner = {"type": "TrainTask", "task": task, "horizon": {"maximum": 20}}
+    info = {"config": {"estimator": {"estimators": [{"learner": learner}]}}}
+    save_weights(path, rule.init_theta(KEY), rule, info=info)
+    assert subjects.find(str(path), rate=None, horizon=None).coverage is None
+    sizes = ["--samples", "10", "--num-seeds", "2"]
+    assert door.main(["coverage", str(path), *sizes]) == 0
+    assert "20 steps of NoisyQuadratic" in capsys.readouterr().out
+    found = subjects.find(str(path), rate=None, horizon=None).coverage
+    assert {name: x.mean.size for name, x in found.items()} == {
+        "inputs": 28,
+        "hidden": 3,
+    }
+    save_weights(path, rule.init_theta(KEY), rule)
+    assert door.main(["coverage", str(path)]) == 2
+    assert "does not say what it was trained on" in capsys.readouterr().err
+    assert door.main(["coverage", "adam"]) == 2
+    assert "adam is not learned" in capsys.readouterr().err
+
+
+def bundled():
+    folder = pathlib.Path(references.__file__).parent
+    return sorted(folder.glob("coverage-*.safetensors"))
+
+
+@pytest.mark.parametrize("path", bundled(), ids=lambda path: path.stem)
+def test_bundled_coverages_fit_their_weights(path):
+    name = path.stem.removeprefix("coverage-")
+    rule, _, _ = load_with_info(name)
+    found = load_coverage(path)
+    small = rule.small_fc if isinstance(rule, Optimus) else rule
+    assert found["hidden"].mean.size == sum(small.widths)
+    inputs_of = {SmallFC: 28, STAR: 28, Celo2: 30, Optimus: 4}
+    assert found["inputs"].mean.size == inputs_of[type(rule)]
