@@ -257,6 +257,26 @@ def test_probe_compares_with_what_is_stored(tmp_path):
         probe.measure(small, KEY)
 
 
+def test_problems_that_never_meet_the_network_are_left_out():
+    rule, bowl = Celo2(widths=(2,)), Bowl((1.0, 2.0))
+    probe = coverage_probe.CoverageProbe(
+        home=TINY, away=(("bowl", bowl),), base=15, max_steps=15, samples=15
+    )
+    it = subject(rule, theta=rule.init_theta(KEY))
+    known = {"inputs": fitted(30), "hidden": fitted(2)}
+    measured = probe.measure(dataclasses.replace(it, coverage=known), KEY)
+    assert list(measured["places"]) == ["first problem", "1 times longer"]
+    assert measured["hidden_share"].shape == (2, 3, 15)
+    # It has no magnitude head.
+    assert np.isnan(measured["saturated"]).all()
+    assert "magnitude head" not in probe.judge(measured, {}).reason
+    params = jnp.ones(2)
+    _, state = it.transformation(9).update(
+        params, it.transformation(9).init(params), params
+    )
+    assert inputs.network_features(rule, state, params, params).shape == (0, 30)
+
+
 @pytest.mark.slow
 def test_coverage_probe():
     probe = coverage_probe.CoverageProbe(

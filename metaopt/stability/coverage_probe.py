@@ -84,9 +84,12 @@ class CoverageProbe(Probe):
             f"{longer / horizon:.0f} times longer": (self.home, longer),
             **{name: (task, horizon) for name, task in self.away},
         }
-        seen = [self._look(subject, *place, key) for place in places.values()]
+        looks = {name: self._look(subject, *x, key) for name, x in places.items()}
+        # Problems of vectors alone never meet the network of Celo2.
+        met = [name for name, x in looks.items() if x.inputs.shape[-2]]
+        seen = [looks[name] for name in met]
         measured = {
-            "places": np.array(list(places)),
+            "places": np.array(met),
             "origin": np.array(origin),
             "saturated": np.stack([x.saturated for x in seen]),
             "never_active": np.stack([~(x.peak.max((0, 1)) > 0.0) for x in seen]),
@@ -146,8 +149,9 @@ class CoverageProbe(Probe):
                 axes.plot(x, 100.0 * share, ":", color=line.get_color())
         axes.axhline(5.0, linestyle="--", linewidth=1.0, label="5%")
         axes.set_yscale("symlog", linthresh=0.1)
+        axes.set_ylim(bottom=0.0)
         axes.set_xlabel("share of the run")
-        axes.set_ylabel("coordinates with unknown inputs (%, dots: hidden layers)")
+        axes.set_ylabel("unknown inputs (%, dots: hidden layers)")
         axes.legend()
 
 
@@ -171,8 +175,8 @@ def _of_units(measured: Mapping[str, np.ndarray]) -> str:
         f"{name} {count}"
         for name, count in zip(measured["places"], dead.sum(axis=-1), strict=True)
     )
+    told = f" Of {dead.shape[-1]} hidden units are never active: {counts}."
+    if np.isnan(measured["saturated"]).all():
+        return told
     saturated = spread(measured["saturated"].mean(axis=-1).ravel(), ".1%")
-    return (
-        f" Of {dead.shape[-1]} hidden units are never active: {counts}. The magnitude "
-        f"head is saturated for {saturated} of the coordinates."
-    )
+    return f"{told} The magnitude head is saturated for {saturated} of the coordinates."

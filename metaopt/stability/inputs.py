@@ -15,6 +15,7 @@ from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.optimizers.celo2 import Celo2
 from metaopt.optimizers.network import Activations, with_activations
 from metaopt.optimizers.small_fc import SmallFC
+from metaopt.optimizers.velo_features import num_features
 from metaopt.stability.coverage import Coverage, fit_coverage, generic_features
 from metaopt.stability.subject import KNOWN
 from metaopt.stability.system import System
@@ -32,7 +33,7 @@ class Sight(NamedTuple):
             units if it has none.
         peak: largest of what enters each ReLU over all coordinates, `[units]`.
         saturated: share of all coordinates whose step the magnitude head changes more
-            than a thousandfold, `[]`; 0 without such a head.
+            than a thousandfold, `[]`; NaN without such a head.
     """
 
     inputs: jax.Array
@@ -56,7 +57,7 @@ def network_features(
         params: parameters before it.
 
     Returns:
-        Features `[n, f]` of all coordinates that the network updates.
+        Features `[n, f]` of all coordinates that the network updates, if there are any.
 
     Raises:
         TypeError: if the inputs of `rule` are not known here.
@@ -73,6 +74,8 @@ def network_features(
         if isinstance(rule, Celo2) and jnp.ndim(p) < 2:
             continue
         rows.append(_leaf_features(isinstance(rule, Celo2), g, p, m, v, row, col))
+    if not rows:  # Celo2 leaves vectors to Adam
+        return jnp.zeros((0, num_features(len(rule.decays))))
     return jnp.arcsinh(jnp.concatenate(rows))
 
 
@@ -141,15 +144,17 @@ def sight(
         return x if len(x) <= count else x[jnp.asarray(chosen)]
 
     if not found:
-        return Sight(some(inputs), jnp.zeros((0, 0)), jnp.zeros(0), jnp.float32(0.0))
+        return Sight(
+            some(inputs), jnp.zeros((0, 0)), jnp.zeros(0), jnp.float32(jnp.nan)
+        )
     hidden = jnp.concatenate([x.hidden for x in found], axis=1)
     outputs = jnp.concatenate([x.outputs for x in found], axis=1)
-    size = jnp.abs(scale * outputs[1]) if scale else jnp.zeros(outputs.shape[1])
+    beyond = ~(jnp.abs(scale * outputs[1]) <= SATURATED)
     return Sight(
         inputs=some(inputs),
         hidden=jnp.arcsinh(some(hidden.T)),
         peak=jnp.max(hidden, axis=1),
-        saturated=jnp.mean(~(size <= SATURATED)),
+        saturated=jnp.mean(beyond) if scale else jnp.float32(jnp.nan),
     )
 
 
