@@ -5,6 +5,7 @@ import pytest
 import scipy.stats
 
 from experiments.reproduce import dauphin
+from tasks import data
 from tasks.images import ImageMLP
 
 TINY = dauphin.Size(
@@ -49,9 +50,28 @@ def test_the_report_follows_from_the_runs(tmp_path, monkeypatch):
             first = run["losses"][:, :, 0]
             np.testing.assert_allclose(first[0], first[1], rtol=1e-6)
             assert row["loss"] < np.median(first)
-    assert (tmp_path / "dauphin.png").exists()
+    assert (tmp_path / "dauphin-digits.png").exists()
     # What was found is not searched again.
     monkeypatch.setattr(dauphin, "critical_points", None)
     assert dauphin.reproduce(tmp_path, TINY)["tables"] == report["tables"]
     with pytest.raises(TypeError):
         dauphin.reproduce(tmp_path, TINY._replace(push=0.1))
+
+
+@pytest.mark.parametrize(("state", "tables"), [("prepared", 2), ("missing", 1)])
+def test_mnist_is_added_where_it_is_prepared(tmp_path, monkeypatch, state, tables):
+    asked = []
+
+    def reproduce(out, size):
+        asked.append(size)
+        return {"ours": f"of {size.task.dataset}.", "tables": {size.task.dataset: []}}
+
+    lines = [data.Status("mnist", state, "")]
+    monkeypatch.setattr(dauphin, "reproduce", reproduce)
+    monkeypatch.setattr(data, "status", lambda: lines)
+    report = dauphin.main(tmp_path, full=False)
+    assert asked == [dauphin.QUICK, dauphin.MEDIUM][:tables]
+    assert list(report["tables"]) == ["digits", "mnist"][:tables]
+    assert report["ours"] == " ".join(["of digits.", "of mnist."][:tables])
+    assert dauphin.main(tmp_path, full=True)["tables"] == {"mnist": []}
+    assert asked[-1] == dauphin.FULL
