@@ -185,10 +185,15 @@ def velo_mixed() -> MetaTrain:
         for task, weight in kinds
     )
     optimizer = VeLO(
-        width=32, bank_size=16, bank_scale=10.0, step_size=0.02, start="lamb"
+        width=32,
+        bank_size=16,
+        bank_scale=10.0,
+        step_size=0.02,
+        smallest=0.03,
+        start="lamb",
     )
     return MetaTrain(
-        estimator=_on_late_losses(optimizer, rescaled, num_tasks=32),
-        outer=Outer("adam", learning_rate=1e-3, warmup=20),
-        num_steps=500,
+        estimator=_on_late_losses(optimizer, rescaled, num_tasks=32, std=0.003),
+        outer=Outer("adam", learning_rate=5e-4, warmup=20),
+        num_steps=300,
     )

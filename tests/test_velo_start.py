@@ -1,5 +1,7 @@
 """The VeLO that starts as LAMB, against a few lines of NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,10 +72,26 @@ def test_networks_that_differ_leave_it_near():
     assert jnp.max(jnp.abs(bank[0] - bank[1])) > 1e-5
 
 
+def test_parameters_at_zero_count_as_the_smallest_size():
+    params = jax.tree.map(np.zeros_like, tensors(0))
+    for smallest in (1e-3, 0.1):
+        rule = dataclasses.replace(RULE, smallest=smallest)
+        theta = rule.init_theta(jax.random.key(1))
+        state = rule.init(theta, params, num_steps=NUM_STEPS)
+        updates, _ = rule.update(theta, tensors(0), state, params, value=1.0)
+        # The momentum and 0.3 of the gradient point the same way in the first step.
+        for k, u in updates.items():
+            own = 2.718 if k in ("row", "vector") else 1.0
+            size = float(np.sqrt(np.mean(u**2)))
+            np.testing.assert_allclose(size, 0.02 * own * 1.3 * smallest, rtol=0.1)
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="width and widths must be at least 2"):
         VeLO(width=1, start="lamb")
     with pytest.raises(ValueError, match="widths=\\(4, 1\\)"):
         VeLO(widths=(4, 1), start="lamb")
+    with pytest.raises(ValueError, match="smallest"):
+        VeLO(smallest=0.0)
     with pytest.raises(ValueError, match="start"):
         VeLO(start="adam")

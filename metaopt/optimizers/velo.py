@@ -69,6 +69,9 @@ class VeLO(LearnedOptimizer):
         bank_scale: factor on the mean of the bank.
         step_size: update size relative to the parameters at `s = d = 1`, `m = 0`.
         magnitude_scale: how strongly `m` changes the update size.
+        smallest: what the root mean square of parameters that are zero counts as; with
+            the published one a bias that starts at zero moves so little that a network
+            for regression may never use it.
         start: what meta-training starts from: "random" weights, as published, or
             "lamb", under which the rule is LAMB with Nesterov momentum and a cosine
             schedule, times 2.7 for vectors; `step_size` is then its learning rate.
@@ -93,6 +96,7 @@ class VeLO(LearnedOptimizer):
     bank_scale: float = 100.0
     step_size: float = 1e-3
     magnitude_scale: float = 1e-3
+    smallest: float = velo_features.SMALLEST
     start: str = "random"
 
     def __post_init__(self):
@@ -103,7 +107,7 @@ class VeLO(LearnedOptimizer):
         validate.number(
             "square_decay", self.square_decay, low=0.0, high=1.0, open_high=True
         )
-        for name in ("bank_scale", "step_size"):
+        for name in ("bank_scale", "step_size", "smallest"):
             validate.number(name, getattr(self, name), low=0.0, open_low=True)
         validate.number("magnitude_scale", self.magnitude_scale, low=0.0)
         validate.one_of("start", self.start, ("random", "lamb"))
@@ -177,6 +181,7 @@ class VeLO(LearnedOptimizer):
                 g,
                 leaves[i].astype(jnp.float32),
                 averages[i],
+                self.smallest,
             )
             updates[i] = step.astype(leaves[i].dtype)
         joined = velo_features.join_averages(averages, params)
