@@ -6,12 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
+FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 _AVERAGES = 10
 _SHORTEST = 10.0
 _HIGHEST = 1e12
 
-NUM_RUN_FEATURES = len(_FRACTIONS) + _AVERAGES - 1
+NUM_RUN_FEATURES = len(FRACTIONS) + _AVERAGES - 1
 
 
 class RunState(NamedTuple):
@@ -85,6 +85,6 @@ def observe(state: RunState, value: jax.Array) -> tuple[jax.Array, RunState]:
     trends = jnp.clip(distance / next_distance - 1.0, -1.0, 1.0)
     trends = jnp.where(state.step < 2, 0.0, trends)
 
-    progress = jnp.tanh(10.0 * (state.step / length - jnp.asarray(_FRACTIONS)))
+    progress = jnp.tanh(10.0 * (state.step / length - jnp.asarray(FRACTIONS)))
     new_state = RunState(state.step + 1, state.num_steps, means, minima)
     return jnp.concatenate([progress, trends]), new_state

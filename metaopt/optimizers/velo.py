@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt import validate
-from metaopt.optimizers import velo_features
+from metaopt.optimizers import velo_features, velo_start
 from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.optimizers.mixed_lstm import mixed_lstm
 from metaopt.optimizers.network import init_network
@@ -69,6 +69,12 @@ class VeLO(LearnedOptimizer):
         bank_scale: factor on the mean of the bank.
         step_size: update size relative to the parameters at `s = d = 1`, `m = 0`.
         magnitude_scale: how strongly `m` changes the update size.
+        smallest: what the root mean square of parameters that are zero counts as; with
+            the published one a bias that starts at zero moves so little that a network
+            for regression may never use it.
+        start: what meta-training starts from: "random" weights, as published, or
+            "lamb", under which the rule is LAMB with Nesterov momentum and a cosine
+            schedule, times 2.7 for vectors; `step_size` is then its learning rate.
 
     References:
         Metz et al., 2022, https://arxiv.org/abs/2211.09760
@@ -90,6 +96,8 @@ class VeLO(LearnedOptimizer):
     bank_scale: float = 100.0
     step_size: float = 1e-3
     magnitude_scale: float = 1e-3
+    smallest: float = velo_features.SMALLEST
+    start: str = "random"
 
     def __post_init__(self):
         validate.integer("width", self.width)
@@ -99,9 +107,15 @@ class VeLO(LearnedOptimizer):
         validate.number(
             "square_decay", self.square_decay, low=0.0, high=1.0, open_high=True
         )
-        for name in ("bank_scale", "step_size"):
+        for name in ("bank_scale", "step_size", "smallest"):
             validate.number(name, getattr(self, name), low=0.0, open_low=True)
         validate.number("magnitude_scale", self.magnitude_scale, low=0.0)
+        validate.one_of("start", self.start, ("random", "lamb"))
+        if self.start == "lamb" and min(self.width, *self.widths) < 2:
+            raise ValueError(
+                'width and widths must be at least 2 where start="lamb", got '
+                f"width={self.width} and widths={self.widths}."
+            )
 
     @functools.cached_property
     def _lstm(self):
@@ -120,11 +134,16 @@ class VeLO(LearnedOptimizer):
         start = jnp.zeros((2, self.width))
         x = jnp.zeros((1, NUM_RUN_FEATURES + _RANKS + 1 + 2 * k))
         state = hk.LSTMState(*start[:, None])
-        return {
+        theta = {
             "bank": jax.vmap(lambda key: init_network(key, sizes))(keys),
             "initial_lstm": start,
             "lstm": self._lstm.init(lstm_key, x, state),
         }
+        return (
+            velo_start.lamb(theta, k, self.bank_scale)
+            if self.start == "lamb"
+            else theta
+        )
 
     def init(self, theta, params, *, num_steps=None, key=None):
         del key
@@ -162,6 +181,7 @@ class VeLO(LearnedOptimizer):
                 g,
                 leaves[i].astype(jnp.float32),
                 averages[i],
+                self.smallest,
             )
             updates[i] = step.astype(leaves[i].dtype)
         joined = velo_features.join_averages(averages, params)

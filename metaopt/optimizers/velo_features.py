@@ -12,6 +12,8 @@ from metaopt.optimizers.network import network_outputs
 
 _SQUARE_EPSILON = 1e-6
 _EPSILON = 1e-5
+# The published root mean square of parameters that are all zero.
+SMALLEST = 1e-9**0.5
 
 
 class Averages(NamedTuple):
@@ -94,11 +96,12 @@ def relative_step(
     g: jax.Array,
     p: jax.Array,
     averages: Averages,
+    smallest: float = SMALLEST,
 ) -> jax.Array:
     """Returns the update of one tensor by the rule of VeLO and Celo.
 
     It is `-size * RMS(p) * d * exp(magnitude_scale * m)` with the first two outputs `d`
-    and `m` of the network, and `RMS(p) = sqrt(mean(p**2) + 1e-9)`.
+    and `m` of the network, and `RMS(p) = sqrt(mean(p**2) + smallest**2)`.
 
     Args:
         network: weights as made by `init_network`.
@@ -107,11 +110,12 @@ def relative_step(
         g: gradient `[*shape]`, float32.
         p: parameters `[*shape]`, float32.
         averages: those of the tensor, `g` included.
+        smallest: root mean square of parameters that are all zero.
     """
     d, magnitude, *_ = outputs(
         network, g, p, averages, square_epsilon=_SQUARE_EPSILON, epsilon=_EPSILON
     )
-    size = size * jnp.sqrt(jnp.mean(p * p) + 1e-9)
+    size = size * jnp.sqrt(jnp.mean(p * p) + smallest**2)
     return (-size * d * jnp.exp(magnitude_scale * magnitude)).reshape(p.shape)
 
 
