@@ -41,7 +41,7 @@ def directions(scale=1.0):
             m[k] = 0.9 * m[k] + 0.1 * grads[k]
             v[k] = 0.999 * v[k] + 0.001 * grads[k] ** 2
             root = np.sqrt(v[k] + 1e-6)
-            d = unit(m[k] / root) + 0.3 * unit(grads[k] / root)
+            d = unit(m[k] / root) + 0.3 * unit(grads[k] / root) + 0.05 * unit(p)
             found[k] = d * np.sqrt(np.mean(p**2))
         yield found
 

@@ -73,8 +73,9 @@ class VeLO(LearnedOptimizer):
             the published one a bias that starts at zero moves so little that a network
             for regression may never use it.
         start: what meta-training starts from: "random" weights, as published, or
-            "lamb", under which the rule is LAMB with Nesterov momentum and a cosine
-            schedule, times 2.7 for vectors; `step_size` is then its learning rate.
+            "lamb", under which the rule is LAMB with Nesterov momentum, a decay of
+            0.05 and a cosine schedule, times 2.7 for vectors; `step_size` is then its
+            learning rate.
 
     References:
         Metz et al., 2022, https://arxiv.org/abs/2211.09760

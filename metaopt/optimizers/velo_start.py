@@ -18,6 +18,9 @@ _OPEN, _SHUT = 4.0, -5.0
 _MATRIX, _VECTOR = -1.0, 2.0
 # Part of the gradient in the direction, as in Nesterov momentum.
 _GRADIENT = 0.3
+# Part of the parameters in it. Steps of a size relative to theirs let them grow without
+# end, by half its square per step where they go nowhere; this takes back more.
+_DECAY = 0.05
 # Without it all networks of the bank would be, and stay, alike.
 _SPREAD = 0.01
 
@@ -27,7 +30,7 @@ def lamb(theta: dict[str, Any], k: int, bank_scale: float) -> dict[str, Any]:
 
     The direction is the average gradient of the first decay over the root of the
     average square, divided by its root mean square, plus 0.3 of the gradient in the
-    same way. The factor on it follows a cosine from 1 to nearly 0 at the end of the
+    same way and 0.05 of the parameter over its root mean square. The factor on it follows a cosine from 1 to nearly 0 at the end of the
     run, times 2.7 for tensors with at most one axis longer than 1. The other units of
     the LSTM keep their weights, but nothing reads them yet.
 
@@ -46,15 +49,16 @@ def lamb(theta: dict[str, Any], k: int, bank_scale: float) -> dict[str, Any]:
 
 
 def _directions(bank, k, bank_scale):
-    """Lets every network return a sum of two of its inputs as the direction."""
-    momentum, gradient, last = 4 + k, 5 + 3 * k, len(bank) - 1
+    """Lets every network return a sum of three of its inputs as the direction."""
+    parts = {2: _DECAY, 4 + k: 1.0, 5 + 3 * k: _GRADIENT}
+    last = len(bank) - 1
     layers = {}
     for i in range(len(bank)):
         w = _SPREAD * bank[f"linear_{i}"]["w"]
         # Two units carry a number and its negative through the rectifiers.
         if i == 0:
-            w = w.at[:, momentum, :2].add(jnp.array([1.0, -1.0]))
-            w = w.at[:, gradient, :2].add(_GRADIENT * jnp.array([1.0, -1.0]))
+            for feature, part in parts.items():
+                w = w.at[:, feature, :2].add(part * jnp.array([1.0, -1.0]))
         elif i == last:
             w = w.at[:, :2, 0].add(jnp.array([1.0, -1.0]))
         else:
