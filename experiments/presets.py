@@ -164,7 +164,7 @@ META_TRAIN = {
         mixture_presets.velo_small,
     ),
     "velo-mixed": Preset(
-        "the same on seven small tasks; goes on from its theta by --start; hours",
+        "VeLO that starts as LAMB, on seven small tasks; a quarter of an hour",
         mixture_presets.velo_mixed,
     ),
 }

@@ -30,9 +30,10 @@ def lamb(theta: dict[str, Any], k: int, bank_scale: float) -> dict[str, Any]:
 
     The direction is the average gradient of the first decay over the root of the
     average square, divided by its root mean square, plus 0.3 of the gradient in the
-    same way and 0.05 of the parameter over its root mean square. The factor on it follows a cosine from 1 to nearly 0 at the end of the
-    run, times 2.7 for tensors with at most one axis longer than 1. The other units of
-    the LSTM keep their weights, but nothing reads them yet.
+    same way and 0.05 of the parameter over its root mean square. The factor on it
+    follows a cosine from 1 to nearly 0 at the end of the run, times 2.7 for tensors
+    with at most one axis longer than 1. The other units of the LSTM keep their
+    weights, but nothing reads them yet.
 
     Args:
         theta: as `VeLO.init_theta` draws it, with at least two units in every layer.
