@@ -338,5 +338,5 @@ def test_bundled_coverages_fit_their_weights(path):
     found = load_coverage(path)
     small = rule.small_fc if isinstance(rule, Optimus) else rule
     assert found["hidden"].mean.size == sum(small.widths)
-    inputs_of = {SmallFC: 28, STAR: 28, Celo2: 30, Optimus: 4}
+    inputs_of = {SmallFC: 28, STAR: 28, Celo2: 30, Optimus: 4, VeLO: 4}
     assert found["inputs"].mean.size == inputs_of[type(rule)]
