@@ -5,7 +5,8 @@ import pathlib
 from typing import Any
 
 from experiments import backend
-from experiments.console import Parser, UsageError
+from experiments.console import CommandError, Parser, UsageError
+from metaopt import validate
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +31,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Runs `python -m experiments coverage ...`; returns the exit status."""
     options = parser().parse_args(arguments)
+    try:
+        validate.integer("samples", options.samples)
+        validate.integer("num_seeds", options.num_seeds)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     backend.prepare()
 
     import jax
@@ -39,6 +45,7 @@ def main(arguments: list[str]) -> int:
     from metaopt.stability.inputs import collect, fit_sights
     from metaopt.stability.system import System
     from metaopt.weights import load_with_info
+    from tasks.data import DataError
 
     subject = find(options.weights, rate=None, horizon=None)
     if subject.learned is None:
@@ -47,6 +54,14 @@ def main(arguments: list[str]) -> int:
     problems = trained_on(info)
     if not problems:
         raise UsageError(f"{options.weights} does not say what it was trained on.")
+    out = options.out or coverage_file(options.weights)
+    try:
+        # Told now, not after the first of several minutes.
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for task, _ in problems:
+            task.load()
+    except (DataError, OSError) as error:
+        raise CommandError(str(error)) from error
     seen = []
     keys = jax.random.split(jax.random.key(options.seed), len(problems))
     for (task, horizon), key in zip(problems, keys, strict=True):
@@ -59,8 +74,10 @@ def main(arguments: list[str]) -> int:
         )
         seen.append(jax.device_get(found))
         print(f"{horizon} steps of {task}", flush=True)
-    out = options.out or coverage_file(options.weights)
-    save_coverage(out, **fit_sights(*seen))
+    try:
+        save_coverage(out, **fit_sights(*seen))
+    except OSError as error:
+        raise CommandError(str(error)) from error
     print(f"Wrote {out}, {out.stat().st_size} bytes.")
     return 0
 

@@ -319,9 +319,24 @@ def test_command_stores_coverage_beside_the_weights(tmp_path, capsys):
         "inputs": 28,
         "hidden": 3,
     }
+
+
+def test_command_names_mistakes(tmp_path, capsys, monkeypatch):
+    path, rule = tmp_path / "x.safetensors", SmallFC(widths=(3,))
     save_weights(path, rule.init_theta(KEY), rule)
     assert door.main(["coverage", str(path)]) == 2
     assert "does not say what it was trained on" in capsys.readouterr().err
+    for option in ("--samples", "--num-seeds"):
+        assert door.main(["coverage", str(path), option, "0"]) == 2
+        assert "must be at least 1" in capsys.readouterr().err
+    blocked = tmp_path / "file"
+    blocked.touch()
+    out = str(blocked / "x.safetensors")
+    assert door.main(["coverage", "functions-optimus", "--out", out]) == 1
+    assert str(blocked) in capsys.readouterr().err
+    monkeypatch.setenv("METAOPT_DATA", str(tmp_path / "none"))
+    assert door.main(["coverage", "images-star"]) == 1
+    assert "mnist is not prepared" in capsys.readouterr().err
     assert door.main(["coverage", "adam"]) == 2
     assert "adam is not learned" in capsys.readouterr().err
 
