@@ -89,7 +89,7 @@ def kfac(
         inverses = tuple(
             None if c.inputs is None else (eye(c.inputs), eye(c.outputs)) for c in zeros
         )
-        trace = optax.tree.zeros_like(params, dtype=jnp.float32)
+        trace = optax.tree.zeros_like(params, dtype=float)
         start = jax.random.key(0) if key is None else key
         weight = jnp.float32(0.0)
         return KFACState(jnp.int32(0), start, weight, zeros, inverses, trace)

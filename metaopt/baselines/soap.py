@@ -73,7 +73,7 @@ def scale_by_soap(
         return tuple(d if d <= max_dim else None for d in p.shape)
 
     def init(params):
-        zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
+        zeros = optax.tree.zeros_like(params, dtype=float)
         sizes = [axes(p) for p in jax.tree.leaves(params)]
         make = lambda of: tuple(
             tuple(None if d is None else of((d, d)) for d in dims) for dims in sizes

@@ -75,8 +75,8 @@ class Residual(NamedTuple):
 
 def init_memory(n: int) -> Memory:
     """Returns the memory before the first step."""
-    zero, average = jnp.zeros(n), jnp.zeros(2)
-    return Memory(jnp.zeros(n, bool), zero, zero, average, average)
+    average, grad = jnp.zeros(2), jnp.zeros(n, jnp.float32)
+    return Memory(jnp.zeros(n, bool), grad, jnp.zeros(n), average, average)
 
 
 def active_mean(x: jax.Array, active: jax.Array) -> jax.Array:

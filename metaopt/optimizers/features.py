@@ -24,6 +24,15 @@ def time_features(step: jax.Array) -> jax.Array:
     return jnp.tanh(step.astype(jnp.float32) / jnp.asarray(TIMESCALES) - 1.0)
 
 
+def rows(x: jax.Array, k: int) -> jax.Array:
+    """Returns `k` rows `x` `[n]` as the start of a state, `[k, n]`.
+
+    They have JAX's default type, float64 where that is enabled: so has what the state
+    becomes.
+    """
+    return jnp.tile(x, (k, 1)).astype(float)
+
+
 def learned_decays(decays: tuple[float, ...], offsets: jax.Array) -> jax.Array:
     """Returns decay rates `[k]`, equal to `decays` where `offsets` are 0.
 

@@ -122,7 +122,7 @@ class LSR1(LearnedOptimizer):
             averages=self._averages.init(theta, params),
             vectors=jnp.zeros((self.buffer, n)),
             memory=curvature.init_memory(n),
-            penalty=jnp.float32(0.0),
+            penalty=jnp.zeros(()),
         )
 
     def update(self, theta, grads, state, params, *, value=None, **extra):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from metaopt import validate
 from metaopt.optimizers.base import LearnedOptimizer
+from metaopt.optimizers.features import rows
 from metaopt.optimizers.tensor_features import clipped_log, moments
 
 # Learning rate, beta1, beta2 and epsilon, in the units of the controls: a tenth of the
@@ -109,8 +110,8 @@ class NNAdam(LearnedOptimizer):
         del num_steps, key
         k = sum(jnp.size(p) > 0 for p in jax.tree.leaves(params))
         zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p)), params)
-        hidden, cell = (jnp.tile(x, (k, 1)) for x in theta["initial_lstm"])
-        controls = jnp.tile(_clip(theta["initial_controls"]), (k, 1))
+        hidden, cell = (rows(x, k) for x in theta["initial_lstm"])
+        controls = rows(_clip(theta["initial_controls"]), k)
         return NNAdamState(zeros, zeros, controls, hk.LSTMState(hidden, cell))
 
     def update(self, theta, grads, state, params, *, value=None, **extra):

@@ -168,7 +168,7 @@ class Optimus(LearnedOptimizer):
             n = sum(sizes[i] for i in leaves)
             matrix = jnp.eye(n) if self.encoders else None
             memory = curvature.init_memory(n)
-            blocks.append(Block(matrix, memory, jnp.float32(0.0), jnp.float32(0.0)))
+            blocks.append(Block(matrix, memory, jnp.zeros(()), jnp.zeros(())))
         return OptimusState(small_state, tuple(blocks))
 
     def update(self, theta, grads, state, params, *, value=None, **extra):

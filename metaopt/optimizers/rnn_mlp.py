@@ -141,14 +141,14 @@ class RNNMLP(LearnedOptimizer):
         k = sum(jnp.size(p) > 0 for p in jax.tree.leaves(params))
         shape = lambda p: (len(self.decays), *jnp.shape(p))
         zeros = jax.tree.map(lambda p: jnp.zeros(shape(p)), params)
-        hidden, cell = (jnp.tile(x, (k, 1)) for x in theta["initial_lstm"])
+        hidden, cell = (features.rows(x, k) for x in theta["initial_lstm"])
         return RNNMLPState(
             step=jnp.int32(0),
             momenta=zeros,
             squares=zeros,
             lstm=hk.LSTMState(hidden, cell),
-            from_mlp=jnp.tile(theta["initial_from_mlp"], (k, 1)),
-            from_lstm=theta["initial_from_lstm"],
+            from_mlp=features.rows(theta["initial_from_mlp"], k),
+            from_lstm=theta["initial_from_lstm"].astype(float),
             gradient_rms=jnp.float32(1.0 - _RMS_DECAY),
             loss=jnp.zeros(2),
             valid=jnp.zeros(2),

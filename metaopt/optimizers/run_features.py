@@ -42,7 +42,7 @@ def init_run(num_steps: int | jax.Array | None) -> RunState:
         step=jnp.int32(0),
         num_steps=jnp.asarray(num_steps, jnp.int32),
         means=jnp.zeros(_AVERAGES),
-        minima=jnp.full(_AVERAGES, _HIGHEST, jnp.float32),
+        minima=jnp.full(_AVERAGES, _HIGHEST, float),
     )
 
 

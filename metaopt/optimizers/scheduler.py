@@ -9,6 +9,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from metaopt.optimizers.features import rows
 from metaopt.optimizers.mixed_lstm import mixed_lstm
 from metaopt.optimizers.run_features import (
     NUM_RUN_FEATURES,
@@ -67,7 +68,7 @@ class Scheduler:
         self, theta: chex.ArrayTree, num_steps: int | jax.Array | None
     ) -> SchedulerState:
         """Returns the state before the first step of a run of `num_steps` steps."""
-        lstm = hk.LSTMState(*theta["initial_lstm"][:, None])
+        lstm = hk.LSTMState(*(rows(x, 1) for x in theta["initial_lstm"]))
         return SchedulerState(init_run(num_steps), lstm)
 
     def update(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from metaopt import validate
-from metaopt.optimizers import velo_features, velo_start
+from metaopt.optimizers import features, velo_features, velo_start
 from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.optimizers.mixed_lstm import mixed_lstm
 from metaopt.optimizers.network import init_network
@@ -152,7 +152,7 @@ class VeLO(LearnedOptimizer):
         return VeLOState(
             run=init_run(num_steps),
             averages=velo_features.init_averages(params, len(self.decays)),
-            lstm=hk.LSTMState(*(jnp.tile(x, (k, 1)) for x in theta["initial_lstm"])),
+            lstm=hk.LSTMState(*(features.rows(x, k) for x in theta["initial_lstm"])),
         )
 
     def update(self, theta, grads, state, params, *, value=None, **extra):

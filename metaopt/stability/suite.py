@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from metaopt import validate
+from metaopt._double import double
 from metaopt._files import write_atomically
 from metaopt.stability import records, references
 from metaopt.stability.alignment import AlignmentProbe
@@ -196,7 +197,7 @@ def _examine(
 def measure(probe: Probe, examined: Subject, seed: int) -> Arrays:
     """Runs one probe in the precision it asks for, with randomness of its own."""
     key = jax.random.fold_in(jax.random.key(seed), _number(probe.code))
-    with _double() if probe.double else contextlib.nullcontext():
+    with double() if probe.double else contextlib.nullcontext():
         measured = probe.measure(examined, key)
     arrays = {name: np.asarray(x) for name, x in measured.items()}
     for name, x in arrays.items():
@@ -207,14 +208,6 @@ def measure(probe: Probe, examined: Subject, seed: int) -> Arrays:
 
 def _number(code: str) -> int:
     return int.from_bytes(code.encode()[:4], "big")
-
-
-def _double():
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64  # type: ignore[attr-defined]
-
-    return enable_x64(True)
 
 
 def _judged(verdict: Verdict) -> Verdict:

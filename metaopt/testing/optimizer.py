@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metaopt._double import double
 from metaopt.optimizers.base import LearnedOptimizer
 from metaopt.testing.conformance import require
 
@@ -22,7 +23,8 @@ def check_optimizer(
     """Checks that `optimizer` can be meta-trained and plugged into any training loop.
 
     Updates and the parameters to evaluate are like the parameters, and the new state is
-    like the old one, in structure, shapes and dtypes; compiled and plain updates agree;
+    like the old one, in structure, shapes and dtypes, also with float64 and parameters
+    in it; compiled and plain updates agree;
     everything works under `jax.vmap` over theta, state and parameters, and in one
     compiled scan; unknown extra arguments are ignored and missing ones named; the
     gradient in theta is finite; equal fields make equal optimizers.
@@ -50,6 +52,7 @@ def check_optimizer(
         same, optimizer, "equal fields must make equal optimizers with equal hashes."
     )
     _check_update(optimizer, theta, params)
+    _check_double(optimizer, theta, params)
     _check_batched(optimizer, theta, params)
     _check_optax(optimizer, theta, params)
     _check_gradient(optimizer, theta, params)
@@ -139,6 +142,26 @@ def _check_update(optimizer, theta, params):
         trained, later, _ = step(later, trained)
     complaint = f"three steps must trace once, traced {len(traces)} times."
     require(len(traces) == 1, optimizer, complaint)
+
+
+def _check_double(optimizer, theta, params):
+    """Checks the types where JAX computes in float64; nothing is computed."""
+
+    def step(params):
+        state = _init(optimizer, theta, params)
+        return state, *_update(optimizer, theta, state, params)
+
+    with double():
+        wide = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
+        for given in (params, wide):
+            state, updates, after = jax.eval_shape(step, given)
+            pairs = ("updates", updates, given), ("state", after, state)
+            for name, made, like in pairs:
+                complaint = (
+                    f"{name} {_types(made)} must be like {_types(like)} where JAX has "
+                    "float64."
+                )
+                require(_types(made) == _types(like), optimizer, complaint)
 
 
 def _train(optimizer, theta, params):
