@@ -178,14 +178,27 @@ def test_foreign_inputs_trip():
     grads = jnp.asarray(rng.standard_normal(500), jnp.float32)
     known = generic_features(grads, -0.1 * grads, grads)
     coverage = fit_coverage(np.asarray(known))
-    state, trips = None, []
-    for scale in (1.0, 1e-4):
-        tx = guard(optax.sgd(0.1), patience=3, coverage=(coverage, 0.05))
+    # Looks at steps 0, 2, 4, ... see foreign inputs from step 2 on; at step 6 that has
+    # lasted for five steps. With patience 1 the first look that sees them is enough.
+    for foreign, refresh, patience, last in (
+        (99, 2, 5, -1),
+        (1, 2, 5, 6),
+        (1, 1, 3, 3),
+        (1, 4, 1, 4),
+    ):
+        tx = guard(
+            optax.sgd(0.1),
+            patience=patience,
+            refresh=refresh,
+            coverage=(coverage, 0.05),
+        )
         state = tx.init(grads)
-        for _ in range(5):
+        for step in range(10):
+            scale = 1.0 if step < foreign else 1e-4
             _, state = tx.update(scale * grads, state, grads)
-        trips.append(int(state.trips))
-    assert trips == [0, 1] and int(state.reason) == Reason.COVERAGE
+        assert int(state.last_step) == last
+        reason = Reason.NONE if last < 0 else Reason.COVERAGE
+        assert int(state.reason) == reason
     assert "unlike those of healthy runs" in guard_report(state)
 
 
@@ -226,7 +239,8 @@ def test_the_recipe_of_the_documentation(capsys, tmp_path, monkeypatch):
     exec(compile(recipe, str(path), "exec"), {})
     healthy, foreign = capsys.readouterr().out.splitlines()
     assert healthy.endswith("the fallback was never needed.")
-    assert "step 49: too many of its inputs were unlike those" in foreign
+    # The fourth look that finds them, 50 steps or more after the first.
+    assert "step 60: too many of its inputs were unlike those" in foreign
 
 
 FAULTS = {

@@ -34,7 +34,7 @@ class GuardState(NamedTuple):
         best: lowest running mean of the loss.
         first_loss: the first loss.
         high: steps in a row with a loss that is too high, int32.
-        beyond: steps in a row with too many unknown inputs, int32.
+        beyond: steps since the inputs became unknown to all looks at them, int32.
         rejected: steps in a row whose gradient was rejected, int32.
         skipped: steps without any update so far, int32.
         resting: steps since the fallback took over, int32.

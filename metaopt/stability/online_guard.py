@@ -55,7 +55,8 @@ def guard(
 
     - the loss `value` is not finite or above `loss_factor` times the best running mean,
       by a hundredth of the first loss at least,
-    - more than a given share of the coordinates lies outside of `coverage`.
+    - more than a given share of the coordinates lies outside of `coverage`, which is
+      looked at in every `refresh`-th step.
 
     A gradient or loss that is not finite, and a gradient of more than `gradient_factor`
     times its running geometric mean, is shown to neither optimizer: that step makes no
@@ -71,7 +72,8 @@ def guard(
         update_factor: see above.
         gradient_factor: see above.
         patience: see above.
-        refresh: steps from one update of the idle fallback to the next.
+        refresh: steps from one update of the idle fallback, and from one look at the
+            inputs, to the next.
         cooldown: steps after which `tx` gets another chance with a fresh state; it gets
             none if this is None.
         coverage: what `fit_coverage` learned of the inputs of healthy runs, which
@@ -153,16 +155,19 @@ def _step(rules, pair, grads, state, params, extra):
     )
     # Outside of the branch: in it XLA would compute the updates in two passes.
     reason, state = _judge(rules, state, _square(mine), watched)
-    if rules.coverage is not None:
-        x = generic_features(grads, mine, params)
-        reason, state = _judge_inputs(rules, state, x, watched, reason)
     due = state.step % rules.refresh == 0
     # What the branches need not see cannot be copied for them.
     rest = state._replace(inner=())
+
+    def rare():
+        found, state = reason, rest
+        if rules.coverage is not None:
+            x = generic_features(grads, mine, params)
+            found, state = _judge_inputs(rules, rest, x, due, watched, reason)
+        return _fall_back(lambda s: run(fallback, s), state, mine, accepted, found)
+
     updates, rest = jax.lax.cond(
-        due | ~watched | (reason != Reason.NONE),
-        lambda: _fall_back(lambda s: run(fallback, s), rest, mine, accepted, reason),
-        lambda: (mine, rest),
+        due | ~watched | (reason != Reason.NONE), rare, lambda: (mine, rest)
     )
     return updates, rest._replace(inner=inner, step=state.step + 1)
 
@@ -295,11 +300,13 @@ def _judge(rules, state, square, watched):
     )
 
 
-def _judge_inputs(rules, state, x, watched, reason):
-    """Returns the same after a look at the features `x` of gradient and update."""
+def _judge_inputs(rules, state, x, due, watched, reason):
+    """Returns the same after a look, if it is due, at the features `x` of this step."""
     known, limit = rules.coverage
-    out = watched & (share_beyond(known, x) > limit)
-    state = state._replace(beyond=jnp.where(out, state.beyond + 1, 0))
+    out = share_beyond(known, x) > limit
+    longer = jnp.where(state.beyond > 0, state.beyond + rules.refresh, 1)
+    beyond = jnp.where(due, jnp.where(out, longer, 0), state.beyond)
+    state = state._replace(beyond=jnp.where(watched, beyond, 0))
     found = (reason == Reason.NONE) & (state.beyond >= rules.patience)
     return jnp.where(found, Reason.COVERAGE, reason), state
 
