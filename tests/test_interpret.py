@@ -137,6 +137,14 @@ def test_isolated_points_and_moving_states_are_dropped():
     assert len(interpret.fixed_points(cell, jnp.ones((2, 1)), 1.0).points) == 0
 
 
+def test_averages_of_squares_rest_at_no_negative_value():
+    # The search overshoots: without a bound it ends at -8e-19, whose root is NaN.
+    cell = interpret.separable_cell(optax.rmsprop(0.1, decay=0.9, eps=0.0))
+    starts = np.random.default_rng(0).uniform(0.1, 2.0, (6, 1))
+    found = interpret.fixed_points(cell, jnp.asarray(starts, jnp.float32))
+    np.testing.assert_array_equal(found.points, [[0.0]])
+
+
 def test_principal_components_agree_with_the_covariance():
     rng = np.random.default_rng(0)
     states = rng.normal(size=(40, 5, 3)) @ np.diag([3.0, 1.0, 0.1]) + 2.0

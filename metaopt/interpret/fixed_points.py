@@ -73,7 +73,8 @@ def fixed_points(
 
     Minimises `|h - F(h, g)|^2 / 2` with Adam, learning rate 0.01 on a cosine to zero.
     Every component of the state is measured in its RMS over the visited states, so that
-    small ones count too.
+    small ones count too. One that is never negative there, such as an average of
+    squares, stays so: its root is taken.
 
     Args:
         cell: the optimizer of one parameter.
@@ -93,6 +94,7 @@ def fixed_points(
     starts = jnp.asarray(starts)
     rms = jnp.sqrt(jnp.mean(starts**2, axis=0))
     scale = jnp.where(rms > 0, rms, 1.0)
+    lowest = jnp.where(jnp.all(starts >= 0, axis=0), 0.0, -jnp.inf)
     g = jnp.asarray(gradient, starts.dtype)
 
     def speed(z):
@@ -107,7 +109,7 @@ def fixed_points(
         def body(carry, _):
             z, state = carry
             updates, state = tx.update(jax.vmap(jax.grad(speed))(z), state)
-            return (optax.apply_updates(z, updates), state), None
+            return (jnp.maximum(optax.apply_updates(z, updates), lowest), state), None
 
         (z, _), _ = jax.lax.scan(body, (z, tx.init(z)), length=num_steps)
         return z, jax.vmap(speed)(z)
