@@ -191,6 +191,7 @@ def velo_mixed() -> MetaTrain:
         step_size=0.02,
         smallest=0.03,
         start="lamb",
+        horizon=1000,
     )
     return MetaTrain(
         estimator=_on_late_losses(optimizer, rescaled, num_tasks=32, std=0.003),

@@ -86,6 +86,18 @@ def test_parameters_at_zero_count_as_the_smallest_size():
             np.testing.assert_allclose(size, 0.02 * own * 1.3 * smallest, rtol=0.1)
 
 
+@pytest.mark.parametrize(("num_steps", "factor"), [(40, 1.0), (100, 1.0), (900, 1 / 3)])
+def test_steps_of_longer_runs_are_shorter_by_the_root(num_steps, factor):
+    params, updates = tensors(0), []
+    for horizon in (None, 100):
+        rule = dataclasses.replace(RULE, horizon=horizon)
+        theta = rule.init_theta(jax.random.key(1))
+        state = rule.init(theta, params, num_steps=num_steps)
+        updates.append(rule.update(theta, tensors(1), state, params, value=1.0)[0])
+    for k, plain in updates[0].items():
+        np.testing.assert_allclose(updates[1][k], factor * plain, rtol=1e-6)
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="width and widths must be at least 2"):
         VeLO(width=1, start="lamb")
@@ -95,3 +107,5 @@ def test_mistakes_are_named():
         VeLO(smallest=0.0)
     with pytest.raises(ValueError, match="start"):
         VeLO(start="adam")
+    with pytest.raises(ValueError, match="horizon"):
+        VeLO(horizon=0)

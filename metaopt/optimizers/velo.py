@@ -76,6 +76,9 @@ class VeLO(LearnedOptimizer):
             "lamb", under which the rule is LAMB with Nesterov momentum, a decay of
             0.05 and a cosine schedule, times 2.7 for vectors; `step_size` is then its
             learning rate.
+        horizon: in runs of more than these inner steps, steps are shorter by
+            `sqrt(horizon / num_steps)`, so that those that go nowhere lead no farther
+            than in a run of `horizon`; None, as published, for steps of one size.
 
     References:
         Metz et al., 2022, https://arxiv.org/abs/2211.09760
@@ -99,6 +102,7 @@ class VeLO(LearnedOptimizer):
     magnitude_scale: float = 1e-3
     smallest: float = velo_features.SMALLEST
     start: str = "random"
+    horizon: int | None = None
 
     def __post_init__(self):
         validate.integer("width", self.width)
@@ -112,6 +116,8 @@ class VeLO(LearnedOptimizer):
             validate.number(name, getattr(self, name), low=0.0, open_low=True)
         validate.number("magnitude_scale", self.magnitude_scale, low=0.0)
         validate.one_of("start", self.start, ("random", "lamb"))
+        if self.horizon is not None:
+            validate.integer("horizon", self.horizon)
         if self.start == "lamb" and min(self.width, *self.widths) < 2:
             raise ValueError(
                 'width and widths must be at least 2 where start="lamb", got '
@@ -168,6 +174,9 @@ class VeLO(LearnedOptimizer):
             theta["lstm"], jnp.stack(rows), state.lstm
         )
         networks = self._networks(theta["bank"], weights)
+        if self.horizon is not None:
+            length = jnp.maximum(run.num_steps, self.horizon)
+            factors = factors * jnp.sqrt(self.horizon / length)
 
         updates, gradients = leaves[:], treedef.flatten_up_to(grads)
         for n, i in enumerate(full):
