@@ -155,6 +155,9 @@ class BatteryProbe(Probe):
             loss = np.median(normalised_finals(m, others), axis=-1)
             marker, size = ("o", 7) if own else (".", 5)
             axes.plot(loss, places, marker, label=name, markersize=size)
+        # All 29 names of the full sizes need more room than other plots.
+        width, height = axes.figure.get_size_inches()
+        axes.figure.set_size_inches(width, max(height, 0.8 + 0.17 * len(places)))
         pairs = zip(measured["tiers"], measured["problems"], strict=True)
         axes.set_yticks(places, [f"{tier} {name}" for tier, name in pairs])
         axes.set_xlabel("final loss, 0 is the best of all, 1 the start")
