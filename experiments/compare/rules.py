@@ -91,10 +91,10 @@ class Rule(abc.ABC):
         """
 
     def eval_params(
-        self, opt_state: chex.ArrayTree, params: chex.ArrayTree
+        self, weights: chex.ArrayTree, opt_state: chex.ArrayTree, params: chex.ArrayTree
     ) -> chex.ArrayTree:
         """Returns the parameters to evaluate, for most rules those it trains."""
-        del opt_state
+        del weights, opt_state
         return params
 
 
@@ -134,7 +134,8 @@ class BaselineRule(Rule):
         chosen = None if entry.learning_rate is None else rate(tuned, num_steps)
         return entry.make(chosen, **options)
 
-    def eval_params(self, opt_state, params):
+    def eval_params(self, weights, opt_state, params):
+        del weights
         average = BASELINES[self.name].eval_params
         return params if average is None else average(opt_state, params)
 
@@ -161,6 +162,10 @@ class LearnedRule(Rule):
             optax.GradientTransformationExtraArgs(init, update),
             optax.scale_by_schedule(rate(tuned, num_steps)),
         )
+
+    def eval_params(self, weights, opt_state, params):
+        state, _ = opt_state
+        return self.optimizer.eval_params(weights, state, params)
 
 
 @dataclasses.dataclass(frozen=True)
