@@ -87,6 +87,24 @@ def test_everybody_tries_the_same_number_of_settings(weight_decays):
             assert {s.weight_decay for s in grid} == expected
 
 
+# Tuned over what their papers say; everybody else over the same span, to the last bit,
+# since kept results are found by their learning rate.
+OWN_RATES = {"prodigy": (0.1, 1.0, 10.0), "saddle-free-newton": (0.1, 1.0, 10.0)}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_are_tuned_over_a_span_around_their_default(name):
+    default, span = BASELINES[name].learning_rate, BaselineRule(name).span()
+    if default is None:
+        assert span.low == span.default == span.high
+        return
+    usual = (default / 10**0.5, default, default * 10**2.5)
+    assert (span.low, span.default, span.high) == OWN_RATES.get(name, usual)
+    schedules = {x.schedule for x in Protocol(12, ("cosine", "linear")).grid(span)}
+    alone = name == "schedule-free"
+    assert schedules == ({"constant"} if alone else {"cosine", "linear"})
+
+
 def test_the_grid_is_log_spaced_from_end_to_end():
     rates = [s.learning_rate for s in Protocol().grid(Range(1e-4, 1e-3, 1e-1))]
     np.testing.assert_allclose(np.diff(np.log10(rates)), 0.5)

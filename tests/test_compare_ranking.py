@@ -8,8 +8,9 @@ import pytest
 
 import tasks
 from experiments.__main__ import main
-from experiments.compare import contenders, suites
+from experiments.compare import contenders, page, suites
 from experiments.compare.cells import Cell, Trial
+from experiments.compare.plots import Painter
 from experiments.compare.protocol import Protocol, Setting
 from experiments.compare.ranking import Ranking
 from experiments.compare.running import Cost, Curve
@@ -125,6 +126,24 @@ def test_a_reference_without_progress_anchors_nothing():
     assert made.speed_ups("a", "digits-star", "tuned") is None
     assert made.standings["tuned"][0].score is None
     assert made.wins("digits-star", "tuned") == 1.0
+
+
+# --- the page ---
+
+
+def method(*names, **options):
+    """What the page says of how it was measured."""
+    cells = [cell("a", name, (0.5, 0.5)) for name in names]
+    found, protocol = contenders.find_all(names), Protocol(12, seeds=2, **options)
+    made = Ranking(cells, found, protocol, names[0])
+    return " ".join(page._method(made, Painter(made)).split())
+
+
+def test_the_page_tells_who_is_tuned_otherwise():
+    said = method("adamw", "prodigy", "schedule-free", "digits-star")
+    assert "from 0.32 to 316 times its default" in said
+    assert "Exceptions: prodigy, learning rates from 0.1 to 10; schedule-free" in said
+    assert "Exceptions" not in method("adamw", "sgd", "digits-star")
 
 
 # --- suites ---

@@ -118,10 +118,12 @@ class BaselineRule(Rule):
         return float(value) if isinstance(value, int | float) else None
 
     def span(self):
-        default = BASELINES[self.name].learning_rate
+        entry = BASELINES[self.name]
+        default = entry.learning_rate
         if default is None:
             return Range(1.0, 1.0, 1.0, None)
-        return Range(default / _BELOW, default, default * _ABOVE, self._weight_decay)
+        low, high = entry.rates or (default / _BELOW, default * _ABOVE)
+        return Range(low, default, high, self._weight_decay, entry.schedule)
 
     def bind(self, weights, tuned, num_steps, key):
         del weights
