@@ -146,6 +146,18 @@ def test_the_page_tells_who_is_tuned_otherwise():
     assert "Exceptions" not in method("adamw", "sgd", "digits-star")
 
 
+def test_the_page_tells_the_weight_decays_and_what_they_cost():
+    said = method("adamw", "sgd", weight_decays=(0.0, 0.1, 0.01))
+    assert "weight decay try 0, 0.1, 0.01 for it, and 1/3 as many learning" in said
+    grids = [
+        {x.learning_rate for x in Protocol(12, weight_decays=(0.0, 0.1, 0.01)).grid(y)}
+        for y in (contenders.find(name).rule.span() for name in ("adamw", "sgd"))
+    ]
+    assert len(grids[0]) * 3 == len(grids[1])
+    assert "weight decay try 0.1 for it." in method("adamw", weight_decays=(0.1,))
+    assert "weight decay" not in method("adamw", "sgd")
+
+
 # --- suites ---
 
 

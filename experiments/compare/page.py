@@ -6,7 +6,7 @@ from typing import Any
 from experiments.compare.goals import Goal
 from experiments.compare.page_tables import mode_title, numbers, standings, text
 from experiments.compare.plots import Painter
-from experiments.compare.protocol import EVALUATIONS, REFERENCE_HORIZONS
+from experiments.compare.protocol import EVALUATIONS, REFERENCE_HORIZONS, Protocol
 from experiments.compare.ranking import Ranking, Target
 from experiments.compare.screen import case_text
 from experiments.page import document
@@ -202,6 +202,16 @@ def _exceptions(ranking: Ranking) -> str:
     return f" Exceptions: {'; '.join(found)}." if found else ""
 
 
+def _decays(protocol: Protocol) -> str:
+    """Returns in words what trying weight decays takes from the learning rates."""
+    tried, count = protocol.weight_decays, len(protocol.weight_decays)
+    if not tried:
+        return ""
+    fewer = f", and 1/{count} as many learning rates as the others" if count > 1 else ""
+    values = ", ".join(f"{x:g}" for x in tried)
+    return f" Rules with weight decay try {values} for it{fewer}."
+
+
 def _method(ranking: Ranking, painter: Painter) -> str:
     protocol, reference = ranking.protocol, text(ranking.reference)
     horizons = ", ".join(f"{x:g}" for x in REFERENCE_HORIZONS)
@@ -216,10 +226,11 @@ def _method(ranking: Ranking, painter: Painter) -> str:
 <p>Every optimizer tries {protocol.trials} settings per task: learning rates evenly
 spaced in their log from 0.32 to 316 times its default, or for learned
 optimizers multipliers of their updates from 0.1 to 10, with the schedules
-{text(", ".join(protocol.schedules))}.{text(_exceptions(ranking))} The one with the
-lowest {kind} loss at the end, mean of {protocol.tuning_seeds} seeds, is run on
-{protocol.seeds} other seeds. Rules that choose their steps themselves have one setting.
-All optimizers see the same problems, initial parameters and batches.</p>
+{text(", ".join(protocol.schedules))}.{_decays(protocol)}{text(_exceptions(ranking))}
+The one with the lowest {kind} loss at the end, mean of
+{protocol.tuning_seeds} seeds, is run on {protocol.seeds} other seeds. Rules
+that choose their steps themselves have one setting. All optimizers see the same
+problems, initial parameters and batches.</p>
 <p>Losses, and what takes their place where the plots say so, are those of 8 fixed
 batches, {EVALUATIONS} times per run; the end of a run is
 the mean of the last tenth of them. A run has diverged if it ends above its start or not
