@@ -9,7 +9,7 @@ import pytest
 from metaopt import evaluate
 from metaopt.baselines import Baseline, safe_rate
 from metaopt.baselines.majorize import upper_parabola
-from tasks import ImageMLP
+from tasks import ImageMLP, PhysicsInformed
 
 ETAS = jnp.linspace(0.0, 1.0, 101)
 INPUTS = jnp.sin(jnp.arange(24.0)).reshape(6, 4)
@@ -24,6 +24,11 @@ def _network(activation):
         return losses.mean()
 
     return loss
+
+
+def _stacks(x):
+    first, second, fixed = jnp.unstack(jnp.stack([x, x**3, jnp.arange(4.0)]))
+    return jnp.sum(first * second - fixed * first)
 
 
 PARAMS = {
@@ -42,6 +47,9 @@ FUNCTIONS = {
     "softplus": (lambda x: jnp.sum(jax.nn.softplus(3.0 * x) * x), VECTOR),
     "sines of a sort": (lambda x: jnp.sum(jnp.tanh(x) * jax.nn.sigmoid(-x)), VECTOR),
     "pieces": (lambda x: jnp.sum(jnp.split(x, 2)[0] * jnp.split(x**2, 2)[1]), VECTOR),
+    "stacks": (_stacks, VECTOR),
+    "tiles": (lambda x: jnp.tile(x**2, 2)[2:6] @ x, VECTOR),
+    "slopes of tanh": (lambda x: jnp.sum(x * jax.vmap(jax.grad(jnp.tanh))(x)), VECTOR),
     "kinks": (lambda x: jnp.sum(jnp.abs(x - 0.5) + jax.nn.relu(x + 1.0)), VECTOR),
     "gelu": (lambda x: jnp.sum(jax.nn.gelu(x) + jax.nn.silu(2.0 * x)), VECTOR),
     "log-sum-exp": (lambda x: jax.nn.logsumexp(x * jnp.arange(4.0)), VECTOR),
@@ -134,6 +142,17 @@ def test_it_trains_an_image_task_through_evaluate():
     assert found.eval_metrics["accuracy"][0, -1] > 0.6
 
 
+@pytest.mark.parametrize("equation", ["poisson", "heat"])
+def test_it_descends_on_an_equation(equation):
+    task = PhysicsInformed(equation, widths=(8,), batch_size=16)
+    keys = jax.random.split(jax.random.key(0), 4)
+    instance = task.sample(keys[0])
+    batch = task.batch(instance, (), keys[1])
+    loss = lambda params: task.loss(params, batch, instance, keys[2])[0]
+    found = _descend(loss, task.init(instance, keys[3]), 100)
+    assert (np.diff(found) < 1e-6).all() and found[-1] < 0.5 * found[0]
+
+
 def test_what_has_no_bound_is_named():
     x = jnp.ones(3)
     with pytest.raises(ValueError, match="got sin"):
@@ -142,6 +161,11 @@ def test_what_has_no_bound_is_named():
         upper_parabola(jnp.max, x, x, 0.1)
     with pytest.raises(ValueError, match="must not mix mul"):
         upper_parabola(lambda x: jnp.sum(x * x.max()), x, x, 0.1)
+    with pytest.raises(ValueError, match="must not mix select_n"):
+        upper_parabola(lambda x: jax.nn.leaky_relu(x).sum(), x, x, 0.1)
+    with pytest.raises(ValueError, match="got scan"):
+        loop = lambda x: jax.lax.scan(lambda c, y: (c + y, y), 0.0, x)[0]
+        upper_parabola(loop, x, x, 0.1)
 
 
 def test_a_bound_that_reaches_too_far_halves_the_radius():

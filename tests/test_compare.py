@@ -17,12 +17,12 @@ from experiments.compare import contenders, running, store
 from experiments.compare.cells import Bench, diverged, final, final_loss
 from experiments.compare.goals import Goal
 from experiments.compare.protocol import Protocol, Range, Setting
-from experiments.compare.rules import BaselineRule, as_numbers, rate
+from experiments.compare.rules import BaselineRule, LearnedRule, as_numbers, rate
 from experiments.compare.running import Cost, Curve, Lane, Runner
 from experiments.compare.store import Store
 from experiments.compare.suites import Entry
 from experiments.console import UsageError
-from metaopt.baselines import BASELINES, SCHEDULES
+from metaopt.baselines import BASELINES, SCHEDULES, Baseline
 from metaopt.baselines.schedules import over
 from metaopt.optimizers import Celo2, Hyper, SmallFC
 from metaopt.task import Task
@@ -85,6 +85,24 @@ def test_everybody_tries_the_same_number_of_settings(weight_decays):
         if name == "adamw":
             expected = set(weight_decays or (1e-4,))
             assert {s.weight_decay for s in grid} == expected
+
+
+# Tuned over what their papers say; everybody else over the same span, to the last bit,
+# since kept results are found by their learning rate.
+OWN_RATES = {"prodigy": (0.1, 1.0, 10.0), "saddle-free-newton": (0.1, 1.0, 10.0)}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_are_tuned_over_a_span_around_their_default(name):
+    default, span = BASELINES[name].learning_rate, BaselineRule(name).span()
+    if default is None:
+        assert span.low == span.default == span.high
+        return
+    usual = (default / 10**0.5, default, default * 10**2.5)
+    assert (span.low, span.default, span.high) == OWN_RATES.get(name, usual)
+    schedules = {x.schedule for x in Protocol(12, ("cosine", "linear")).grid(span)}
+    alone = name == "schedule-free"
+    assert schedules == ({"constant"} if alone else {"cosine", "linear"})
 
 
 def test_the_grid_is_log_spaced_from_end_to_end():
@@ -151,6 +169,10 @@ def test_a_run_depends_on_nobody_beside_it():
 
 def test_averaged_parameters_are_the_ones_evaluated():
     lane = Lane(Setting(0.3, "constant", 0.0), 0, 10, "test")
+    saved = LearnedRule(Baseline("schedule-free"))
+    theta = {"learning_rate": jnp.log(jnp.float32(0.3))}
+    at_one = lane._replace(setting=Setting(1.0, "constant", 0.0))
+    found = Runner(Bowl(), saved, theta, (), stretch=5, seed=0).run([at_one])[0]
     curve = runner(Bowl(), "schedule-free").run([lane])[0]
     tx = BASELINES["schedule-free"].make(0.3)
     params = jnp.ones(2)
@@ -162,6 +184,7 @@ def test_averaged_parameters_are_the_ones_evaluated():
     average = np.asarray(optax.contrib.schedule_free_eval_params(state, params))
     expected = 0.5 * average**2 @ CURVATURES
     assert curve.train[-1] == pytest.approx(float(expected), rel=1e-4)
+    assert found.train[-1] == pytest.approx(float(expected), rel=1e-4)
     assert abs(0.5 * params**2 @ CURVATURES - expected) > 1e-3
 
 
@@ -241,6 +264,15 @@ def test_other_weights_are_another_optimizer(tmp_path):
     open_store(path, name=first).put([LANE], [CURVE], COST)
     assert open_store(path, name=first).get(LANE) is not None
     assert open_store(path, name=second).get(LANE) is None
+
+
+def test_runs_of_rules_that_average_are_told_from_those_not_averaged(tmp_path):
+    path, rule = tmp_path / "rule.safetensors", Baseline("schedule-free")
+    save_weights(path, rule.init_theta(jax.random.key(0)), rule)
+    identity = contenders.find(str(path)).identity
+    assert identity["evaluated"] == "eval_params"
+    # Kept results of all other rules are found as before.
+    assert set(contenders.find("digits-star").identity) == {"rule", "theta"}
 
 
 def test_a_line_that_was_cut_short_costs_that_run_only(tmp_path):

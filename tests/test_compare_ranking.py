@@ -8,8 +8,9 @@ import pytest
 
 import tasks
 from experiments.__main__ import main
-from experiments.compare import contenders, suites
+from experiments.compare import contenders, page, suites
 from experiments.compare.cells import Cell, Trial
+from experiments.compare.plots import Painter
 from experiments.compare.protocol import Protocol, Setting
 from experiments.compare.ranking import Ranking
 from experiments.compare.running import Cost, Curve
@@ -106,7 +107,7 @@ def test_losing_cases_come_worst_first(ranking):
     assert math.isinf(cases[0].excess()) and cases[1].excess() == 2.0
 
 
-def test_targets_put_misses_first(ranking):
+def test_targets_tell_what_was_measured(ranking):
     targets = {t.title: t for t in ranking.targets()}
     assert targets["share of tasks won, 1 trials each"].met is False
     assert targets["share of tasks won, no tuning"].value == 0.5
@@ -114,6 +115,23 @@ def test_targets_put_misses_first(ranking):
     assert targets["runs diverged"].value == 1
     assert targets["runs diverged at 25 times its horizon"].value == 1
     assert [t.met for t in ranking.targets()] == [False] * 5
+
+
+def test_targets_put_misses_first():
+    # Tuned it wins at twice the speed, untuned it diverges, and there is no long run.
+    cells = [
+        reference("b", (0.4, 0.6)),
+        cell("b", "digits-star", (0.25, 0.25), (3.0, 3.0)),
+    ]
+    found = [contenders.find(name) for name in ("adamw", "digits-star")]
+    made = Ranking(cells, found, Protocol(1, tuning_seeds=1, seeds=2, long=25), "adamw")
+    assert [(t.title, t.met) for t in made.targets()] == [
+        ("share of tasks won, no tuning", False),
+        ("runs diverged", False),
+        ("share of tasks won, 1 trials each", True),
+        ("speed-up", True),
+        ("runs diverged at 25 times its horizon", None),
+    ]
 
 
 def test_a_reference_without_progress_anchors_nothing():
@@ -125,6 +143,36 @@ def test_a_reference_without_progress_anchors_nothing():
     assert made.speed_ups("a", "digits-star", "tuned") is None
     assert made.standings["tuned"][0].score is None
     assert made.wins("digits-star", "tuned") == 1.0
+
+
+# --- the page ---
+
+
+def method(*names, **options):
+    """What the page says of how it was measured."""
+    cells = [cell("a", name, (0.5, 0.5)) for name in names]
+    found, protocol = contenders.find_all(names), Protocol(12, seeds=2, **options)
+    made = Ranking(cells, found, protocol, names[0])
+    return " ".join(page._method(made, Painter(made)).split())
+
+
+def test_the_page_tells_who_is_tuned_otherwise():
+    said = method("adamw", "prodigy", "schedule-free", "digits-star")
+    assert "from 0.32 to 316 times its default" in said
+    assert "Exceptions: prodigy, learning rates from 0.1 to 10; schedule-free" in said
+    assert "Exceptions" not in method("adamw", "sgd", "digits-star")
+
+
+def test_the_page_tells_the_weight_decays_and_what_they_cost():
+    said = method("adamw", "sgd", weight_decays=(0.0, 0.1, 0.01))
+    assert "weight decay try 0, 0.1, 0.01 for it, and 1/3 as many learning" in said
+    grids = [
+        {x.learning_rate for x in Protocol(12, weight_decays=(0.0, 0.1, 0.01)).grid(y)}
+        for y in (contenders.find(name).rule.span() for name in ("adamw", "sgd"))
+    ]
+    assert len(grids[0]) * 3 == len(grids[1])
+    assert "weight decay try 0.1 for it." in method("adamw", weight_decays=(0.1,))
+    assert "weight decay" not in method("adamw", "sgd")
 
 
 # --- suites ---

@@ -348,9 +348,22 @@ def test_every_file_of_the_package_is_intact(name):
     assert len(data) == entry["size"]
     contents = store.read(data, name)
     assert (contents.optimizer, contents.info) == (entry["optimizer"], entry["info"])
-    assert bundle._FOLDER.joinpath(f"{name}.md").is_file()
     params = {"w": jnp.ones((2, 3))}
     metaopt.load(name, num_steps=10).init(params)
+
+
+@pytest.mark.parametrize("name", weights.available())
+def test_every_card_tells_how_it_was_made_where_it_fails_and_how_stable_it_is(name):
+    card = bundle._FOLDER.joinpath(f"{name}.md").read_text()
+    head, *parts = re.split(r"^## ", card, flags=re.MULTILINE)
+    sections = dict(part.split("\n", 1) for part in parts)
+    assert f'metaopt.load("{name}"' in head
+    assert re.search(r"python -m experiments [a-z]", sections["Provenance"])
+    (cases,) = (body for title, body in sections.items() if "it fails" in title)
+    assert cases.strip()
+    assert "Stability" in sections, "run `python -m experiments stability` on it"
+    assert f"python -m experiments stability {name}" in sections["Stability"]
+    assert re.search(r"^\| S\d+ .*\| (PASS|WARN|FAIL) \|", sections["Stability"], re.M)
 
 
 def test_files_of_the_package_without_an_entry():

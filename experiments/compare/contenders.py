@@ -15,7 +15,7 @@ from experiments.compare.rules import BaselineRule, Celo2Rule, LearnedRule, Rule
 from experiments.console import UsageError, check_choice
 from experiments.subjects import trained_for
 from metaopt.baselines import BASELINES
-from metaopt.optimizers import Celo2
+from metaopt.optimizers import Celo2, LearnedOptimizer
 from metaopt.registry import COMPONENTS, from_config, to_config
 from metaopt.task import Task
 from metaopt.weights import load_with_info
@@ -90,6 +90,9 @@ def find(name: str) -> Contender:
     for leaf in jax.tree.leaves(theta):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     learned = {"rule": to_config(optimizer), "theta": digest.hexdigest()}
+    if type(optimizer).eval_params is not LearnedOptimizer.eval_params:
+        # Runs kept without this word were judged where the rule trains.
+        learned["evaluated"] = "eval_params"
     label = _label(path) if path.is_file() else name
     trained = tuple(dict.fromkeys(_tasks_of(info)))
     horizon, sources = trained_for(info), frozenset(_sources_of(info))

@@ -6,10 +6,11 @@ from typing import Any
 from experiments.compare.goals import Goal
 from experiments.compare.page_tables import mode_title, numbers, standings, text
 from experiments.compare.plots import Painter
-from experiments.compare.protocol import EVALUATIONS, REFERENCE_HORIZONS
+from experiments.compare.protocol import EVALUATIONS, REFERENCE_HORIZONS, Protocol
 from experiments.compare.ranking import Ranking, Target
 from experiments.compare.screen import case_text
 from experiments.page import document
+from metaopt.baselines import BASELINES
 from metaopt.stability import figures
 
 # What the page has and that of the stability suite has not.
@@ -188,6 +189,29 @@ def _sequence(goal: Goal) -> str:
     )
 
 
+def _exceptions(ranking: Ranking) -> str:
+    """Returns in words which hand-designed optimizers try something else."""
+    found = []
+    for name, contender in ranking.contenders.items():
+        entry = None if contender.learned else BASELINES[name]
+        if entry and entry.rates:
+            low, high = entry.rates
+            found.append(f"{name}, learning rates from {low:g} to {high:g}")
+        if entry and entry.schedule:
+            found.append(f"{name}, the schedule {entry.schedule} only")
+    return f" Exceptions: {'; '.join(found)}." if found else ""
+
+
+def _decays(protocol: Protocol) -> str:
+    """Returns in words what trying weight decays takes from the learning rates."""
+    tried, count = protocol.weight_decays, len(protocol.weight_decays)
+    if not tried:
+        return ""
+    fewer = f", and 1/{count} as many learning rates as the others" if count > 1 else ""
+    values = ", ".join(f"{x:g}" for x in tried)
+    return f" Rules with weight decay try {values} for it{fewer}."
+
+
 def _method(ranking: Ranking, painter: Painter) -> str:
     protocol, reference = ranking.protocol, text(ranking.reference)
     horizons = ", ".join(f"{x:g}" for x in REFERENCE_HORIZONS)
@@ -202,8 +226,9 @@ def _method(ranking: Ranking, painter: Painter) -> str:
 <p>Every optimizer tries {protocol.trials} settings per task: learning rates evenly
 spaced in their log from 0.32 to 316 times its default, or for learned
 optimizers multipliers of their updates from 0.1 to 10, with the schedules
-{text(", ".join(protocol.schedules))}. The one with the lowest {kind} loss at the end,
-mean of {protocol.tuning_seeds} seeds, is run on {protocol.seeds} other seeds. Rules
+{text(", ".join(protocol.schedules))}.{_decays(protocol)}{text(_exceptions(ranking))}
+The one with the lowest {kind} loss at the end, mean of
+{protocol.tuning_seeds} seeds, is run on {protocol.seeds} other seeds. Rules
 that choose their steps themselves have one setting. All optimizers see the same
 problems, initial parameters and batches.</p>
 <p>Losses, and what takes their place where the plots say so, are those of 8 fixed

@@ -38,12 +38,14 @@ class Range(NamedTuple):
         default: the learning rate it has without tuning.
         high: highest learning rate of its grid.
         weight_decay: default weight decay, None if it has no such option.
+        schedule: the only schedule it is meant for, None for any.
     """
 
     low: float
     default: float
     high: float
     weight_decay: float | None = None
+    schedule: str | None = None
 
     def untuned(self) -> Setting:
         """Returns the setting of a user who tunes nothing."""
@@ -58,7 +60,8 @@ class Protocol:
         trials: settings tried per optimizer and task, 0 for no tuning: a grid of
             learning rates, evenly spaced in their log, times schedules, times weight
             decays.
-        schedules: keys of `metaopt.baselines.SCHEDULES`.
+        schedules: keys of `metaopt.baselines.SCHEDULES`. A rule that is meant for one
+            only tries that many more learning rates instead.
         weight_decays: values tried; none for the default of each. A rule without
             weight decay tries that many more learning rates instead.
         criterion: "train" or "valid", the loss at the end of a run that is minimised.
@@ -108,7 +111,8 @@ class Protocol:
         decays = self.weight_decays
         if span.weight_decay is None or not decays:
             decays = (span.weight_decay or 0.0,)
-        count = self.trials // len(self.schedules) // len(decays)
+        schedules = (span.schedule,) if span.schedule else self.schedules
+        count = self.trials // len(schedules) // len(decays)
         if count == 1:
             rates = [math.sqrt(span.low * span.high)]
         else:
@@ -116,6 +120,6 @@ class Protocol:
         return [
             Setting(rate, name, decay)
             for decay in decays
-            for name in self.schedules
+            for name in schedules
             for rate in rates
         ]

@@ -91,10 +91,10 @@ class Rule(abc.ABC):
         """
 
     def eval_params(
-        self, opt_state: chex.ArrayTree, params: chex.ArrayTree
+        self, weights: chex.ArrayTree, opt_state: chex.ArrayTree, params: chex.ArrayTree
     ) -> chex.ArrayTree:
         """Returns the parameters to evaluate, for most rules those it trains."""
-        del opt_state
+        del weights, opt_state
         return params
 
 
@@ -118,10 +118,12 @@ class BaselineRule(Rule):
         return float(value) if isinstance(value, int | float) else None
 
     def span(self):
-        default = BASELINES[self.name].learning_rate
+        entry = BASELINES[self.name]
+        default = entry.learning_rate
         if default is None:
             return Range(1.0, 1.0, 1.0, None)
-        return Range(default / _BELOW, default, default * _ABOVE, self._weight_decay)
+        low, high = entry.rates or (default / _BELOW, default * _ABOVE)
+        return Range(low, default, high, self._weight_decay, entry.schedule)
 
     def bind(self, weights, tuned, num_steps, key):
         del weights
@@ -134,7 +136,8 @@ class BaselineRule(Rule):
         chosen = None if entry.learning_rate is None else rate(tuned, num_steps)
         return entry.make(chosen, **options)
 
-    def eval_params(self, opt_state, params):
+    def eval_params(self, weights, opt_state, params):
+        del weights
         average = BASELINES[self.name].eval_params
         return params if average is None else average(opt_state, params)
 
@@ -161,6 +164,10 @@ class LearnedRule(Rule):
             optax.GradientTransformationExtraArgs(init, update),
             optax.scale_by_schedule(rate(tuned, num_steps)),
         )
+
+    def eval_params(self, weights, opt_state, params):
+        state, _ = opt_state
+        return self.optimizer.eval_params(weights, state, params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -226,7 +226,7 @@ def _start(task, rule, goal, shared, lane) -> _Run:
     params = task.init(goal.present(drawn, 0, num_steps), keys[1])
     opt_state = rule.bind(weights, tuned, num_steps, keys[2]).init(params)
     opt_state = jax.tree.map(_strong, opt_state)
-    shown = _Shown(drawn, rule.eval_params(opt_state, params), keys[4])
+    shown = _Shown(drawn, rule.eval_params(weights, opt_state, params), keys[4])
     return _Run(tuned, num_steps, params, opt_state, jnp.int32(0), keys[2:4], shown)
 
 
@@ -254,7 +254,7 @@ def _train(task, rule, goal, stretch, shared, run) -> _Run:
 
     carry = (run.params, run.opt_state, run.step)
     (params, opt_state, count), _ = jax.lax.scan(step, carry, None, length=stretch)
-    shown = run.shown._replace(params=rule.eval_params(opt_state, params))
+    shown = run.shown._replace(params=rule.eval_params(weights, opt_state, params))
     return run._replace(params=params, opt_state=opt_state, step=count, shown=shown)
 
 

@@ -27,6 +27,9 @@ class Entry(NamedTuple):
         random: whether the factory takes `key`, the randomness of the rule.
         eval_params: `eval_params(state, params)` gives the parameters to evaluate,
             where they are not those that are trained.
+        rates: lowest and highest learning rate to tune over, None where the wide span
+            around the default does that is right for most.
+        schedule: the only key of `SCHEDULES` to tune with, None for any.
     """
 
     factory: Callable[..., optax.GradientTransformation]
@@ -35,6 +38,8 @@ class Entry(NamedTuple):
     needs: tuple[str, ...] = ()
     random: bool = False
     eval_params: Callable[[Any, chex.ArrayTree], chex.ArrayTree] | None = None
+    rates: tuple[float, float] | None = None
+    schedule: str | None = None
 
     @property
     def needs_value_fn(self) -> bool:

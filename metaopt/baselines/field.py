@@ -64,15 +64,23 @@ BASELINES: dict[str, Entry] = {
     "muon": Entry(contrib.muon, 1e-3, {"consistent_rms": 0.2}),
     "nadamw": Entry(optax.nadamw, 1e-3),
     "nesterov": Entry(optax.sgd, 1e-2, {"momentum": 0.9, "nesterov": True}),
-    "prodigy": Entry(contrib.prodigy, 1.0),
+    # It estimates the scale of its steps, and is meant to be left at 1: Mishchenko and
+    # Defazio, 2023, https://arxiv.org/abs/2306.06101.
+    "prodigy": Entry(contrib.prodigy, 1.0, rates=(0.1, 10.0)),
     "rmsprop": Entry(optax.rmsprop, 1e-3),
-    "saddle-free-newton": Entry(saddle_free_newton, 1.0, needs=("value_fn",)),
+    # At 1 the step is that of Newton, to where the quadratic model has its minimum.
+    "saddle-free-newton": Entry(
+        saddle_free_newton, 1.0, needs=("value_fn",), rates=(0.1, 10.0)
+    ),
     "safe-rate": Entry(safe_rate, None, needs=("value_fn",)),
     "sam": Entry(sam, 1e-2, needs=("grad_fn",)),
+    # Its average takes the place of a schedule: Defazio et al., 2024,
+    # https://arxiv.org/abs/2405.15682.
     "schedule-free": Entry(
         contrib.schedule_free_adamw,
         2.5e-3,
         eval_params=contrib.schedule_free_eval_params,
+        schedule="constant",
     ),
     "sgd": Entry(optax.sgd, 1e-1),
     "soap": Entry(soap, 3e-3),

@@ -178,6 +178,14 @@ def _integer_pow(eqn, values, radius):
     return _function(lambda c, a, b: remainders.power(c, a, b, n), x, radius)
 
 
+def _one_minus_square(eqn, values, radius):
+    """`1 - x**2`, of which JAX from 0.12 on makes the derivative of tanh."""
+    (x,) = values
+    square = _function(lambda c, a, b: remainders.power(c, a, b, 2), x, radius)
+    result = enclosure.negative(square)
+    return result._replace(start=(1.0 + x.start) * (1.0 - x.start))
+
+
 def _log1p(eqn, values, radius):
     one = enclosure.constant(jnp.ones_like(values[0].start))
     return _function(remainders.log, enclosure.add(values[0], one), radius)
@@ -240,7 +248,10 @@ LINEAR = {
     "slice",
     "split",
     "squeeze",
+    "stack",
+    "tile",
     "transpose",
+    "unstack",
 }
 RULES: dict[str, Callable[..., Enclosure]] = {
     "add": _add,
@@ -254,6 +265,7 @@ RULES: dict[str, Callable[..., Enclosure]] = {
     "max": _maximum,
     "mul": _mul,
     "neg": lambda eqn, values, radius: enclosure.negative(values[0]),
+    "one_minus_square": _one_minus_square,
     "square": _integer_pow,
     "sub": _sub,
 }

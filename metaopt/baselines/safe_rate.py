@@ -37,6 +37,10 @@ def safe_rate(
     it can bound are those of `metaopt.baselines.majorize`: smooth networks with squared
     or cross-entropy losses; with `relu` a bound exists but is so wide that steps are
     tiny. Whatever `value_fn` holds under `stop_gradient` must not change its value.
+    There is none for loops (`scan`: recurrent networks, simulations) and none where a
+    comparison of values chooses between two (`select_n`: leaky ReLUs); `update` then
+    raises ValueError. In the command `compare` these are `digits-lstm`,
+    `markov-lstm-small` and `motion`, and `digits-gan`.
 
     Args:
         initial_radius: the first radius, in units of parameters per gradient.
