@@ -293,6 +293,9 @@ def test_fault_verdicts():
     assert final[names.index("loss always 1")] == final[0]
     assert measured["bad_updates"].sum() == 0
     assert probe.judge(measured, {}).level is not Level.ERROR
+    assert "Without a loss" not in probe.judge(measured, {}).reason
+    refusing = measured | {"without_value": np.array("refused")}
+    assert "Without a loss it makes no update" in probe.judge(refusing, {}).reason
     still = measured | {"final": np.tile(measured["start"], (len(names), 1))}
     verdict = probe.judge(still, {})
     assert verdict.level is Level.FAIL and "nothing to recover" in verdict.reason
