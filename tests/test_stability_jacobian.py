@@ -233,4 +233,8 @@ def test_edge_verdict(monkeypatch):
         np.testing.assert_allclose(measured["ratio"][0], rate * 5.0, rtol=0.01)
         preconditioned = measured["preconditioned"][0]
         np.testing.assert_allclose(preconditioned, rate * 10.0, rtol=1e-6)
-        assert probe.judge(measured, {}).level == level
+        verdict = probe.judge(measured, {})
+        assert verdict.level == level
+        # Four steps between the first and the last of the five losses.
+        slowest = (1 - rate) ** 8 if rate < 0.2 else (1 - 10 * rate) ** 8
+        assert f"4 steps leave {slowest:.2g} times the loss" in verdict.reason

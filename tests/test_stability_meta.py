@@ -249,6 +249,14 @@ def test_verdicts_on_slices():
     assert probe.judge(measured(30.0, 9.0), {}).level is Level.FAIL
 
 
+def test_a_flat_meta_loss_points_nowhere():
+    """All runs of a step 1e30 times too large are lost, and have the same loss."""
+    probe = SliceProbe(lengths=(2, 10), points=9, side=3)
+    verdict = probe.judge(probe.measure(subject(optax.sgd(1e30)), KEY), {})
+    assert verdict.level is Level.WARN and verdict.value == 0.0
+    assert "the same everywhere" in verdict.reason
+
+
 def test_reverse_engineering_says_nothing_of_a_rule_that_has_stopped():
     schedule = optax.linear_schedule(0.1, 0.0, 100)
     probe = ReverseProbe(num_steps=40)

@@ -108,6 +108,26 @@ def test_horizon_verdicts():
     assert verdict.level is Level.WARN and "wrong number of steps" in verdict.reason
 
 
+def test_a_horizon_that_no_run_reaches_is_not_passed():
+    probe = horizon.HorizonProbe(
+        tasks=(("bowl", Bowl()),), base=20, max_steps=40, num_seeds=2, chunks=10
+    )
+    far = subject(optax.sgd(0.5), horizon=400)
+    measured = probe.measure(far, KEY)
+    assert measured["horizon"] == 400 and measured["length"] == 40
+    verdict = probe.judge(measured, {})
+    assert verdict.level is Level.NA and verdict.value == pytest.approx(0.1)
+    assert "end after 40 steps, 0.1 of the horizon of 400" in verdict.reason
+    # Where a run diverges or a plan is wrong, it is known without the rest.
+    lost = measured | {"diverged_at": np.array([[30.0, np.inf]])}
+    assert probe.judge(lost, {}).level is Level.FAIL
+    plan = subject(lambda n: optax.sgd(optax.linear_schedule(0.3, 0.0, n)), horizon=400)
+    verdict = probe.judge(probe.measure(plan, KEY), {})
+    assert verdict.level is Level.WARN and "wrong number of steps" in verdict.reason
+    near = dataclasses.replace(far, horizon=40)
+    assert probe.judge(probe.measure(near, KEY), {}).level is Level.PASS
+
+
 def test_basin_of_gradient_descent():
     """Progress is `1 - (1 - lr c)^{2T}`, 0.9 at `|1 - lr c|^{2T} = 0.1`."""
     lr, steps = 0.1, 40
@@ -273,6 +293,9 @@ def test_fault_verdicts():
     assert final[names.index("loss always 1")] == final[0]
     assert measured["bad_updates"].sum() == 0
     assert probe.judge(measured, {}).level is not Level.ERROR
+    assert "Without a loss" not in probe.judge(measured, {}).reason
+    refusing = measured | {"without_value": np.array("refused")}
+    assert "Without a loss it makes no update" in probe.judge(refusing, {}).reason
     still = measured | {"final": np.tile(measured["start"], (len(names), 1))}
     verdict = probe.judge(still, {})
     assert verdict.level is Level.FAIL and "nothing to recover" in verdict.reason

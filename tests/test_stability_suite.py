@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import json
+import logging
 import math
 import pathlib
 import re
@@ -32,15 +33,20 @@ from metaopt.stability.reverse import ReverseProbe
 from metaopt.stability.subject import subject
 from metaopt.stability.suite import PROBES, QUICK, run_suite
 from metaopt.weights import save_weights
-from tests.stability_probes import Crashing, Inapplicable, Second, Third, Told
+from tests.stability_probes import CALLS, Crashing, Inapplicable, Second, Third, Told
 
 EVERY = (Told(), Second(Level.WARN), Third(Level.FAIL), Crashing(), Inapplicable())
 
 
 @pytest.fixture(autouse=True)
 def calls():
-    Told.calls.clear()
-    return Told.calls
+    noted: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: noted.append(record.getMessage())
+    CALLS.setLevel(logging.INFO)
+    CALLS.addHandler(handler)
+    yield noted
+    CALLS.removeHandler(handler)
 
 
 def run(*probes, optimizer=None, **options):

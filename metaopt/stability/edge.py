@@ -19,7 +19,7 @@ from metaopt.stability.margin import flat_update, hessian_product
 from metaopt.stability.probe import Level, Probe, Verdict
 from metaopt.stability.problems import Bowl, MoonsNet
 from metaopt.stability.spectrum import arnoldi, ritz_values, symmetric_ritz_values
-from metaopt.stability.spread import ranged
+from metaopt.stability.spread import ranged, spread
 from metaopt.stability.system import LoopState, System
 from metaopt.task import Task
 
@@ -163,13 +163,14 @@ class EdgeProbe(Probe):
         name = measured["problems"][worst]
         runs = np.median(measured["ratio"][worst][:, half], axis=-1)
         told = ranged(value, runs)
+        replayed = self._replayed(measured, worst)
         if (beyond & (change > 1.1)).any():
             return Verdict(
                 Level.FAIL,
                 value,
                 1.5,
                 f"On {name} the sharpness is {told} times what the optimizer can "
-                "bear, and the loss rises.",
+                f"bear, and the loss rises.{replayed}",
             )
         if (beyond & (change > 0.95)).any():
             return Verdict(
@@ -177,14 +178,26 @@ class EdgeProbe(Probe):
                 value,
                 1.5,
                 f"On {name} the sharpness stays {told} times above what the "
-                "optimizer can bear, and the loss does not fall.",
+                f"optimizer can bear, and the loss does not fall.{replayed}",
             )
         outcome = "" if value <= 1.5 else ", but the loss falls"
         return Verdict(
             Level.PASS,
             value,
             1.5,
-            f"The sharpness is {told} times what the optimizer can bear{outcome}.",
+            f"The sharpness is {told} times what the optimizer can bear{outcome}."
+            f"{replayed}",
+        )
+
+    def _replayed(self, measured, problem):
+        """Returns a sentence about the frozen steps, which references do not keep."""
+        if "replay" not in measured:
+            return ""
+        late = measured["step"] >= measured["loss"].shape[-1] // 2
+        left = np.median(measured["replay"][problem][:, late], axis=-1)
+        return (
+            f" With its gains frozen there, {self.replay - 1} steps leave "
+            f"{spread(left, '.2g')} times the loss."
         )
 
     def plot(self, measured, references, axes):

@@ -261,6 +261,8 @@ class FaultProbe(Probe):
         slowest = max([x for x in others if np.isfinite(x)], default=0.0)
         limit = max(0.02, 2.0 * slowest)
         told = f" Faults that cost most: {_worst(measured)}."
+        if str(measured["without_value"]) == "refused":
+            told += " Without a loss it makes no update."
         if not np.isfinite(recovery):
             text = "After one gradient of ten times its size training has not recovered"
             return Verdict(Level.FAIL, recovery, limit, f"{text} by the end.{told}")

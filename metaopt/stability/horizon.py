@@ -102,7 +102,7 @@ class HorizonProbe(Probe):
         )
 
     def measure(self, subject, key):
-        horizon = min(subject.horizon or self.base, self.max_steps)
+        horizon = subject.horizon or self.base
         length = min(self.multiple * horizon, self.max_steps)
         diverged, summary = self._run(subject, key, length)
         measured = {f: np.asarray(x) for f, x in summary.items()}
@@ -113,8 +113,9 @@ class HorizonProbe(Probe):
             "diverged_at": np.where(diverged == NEVER, np.inf, diverged),
         }
         if subject.needs_num_steps:
-            told = [max(1, round(factor * horizon)) for factor in (1.0, *self.wrong)]
-            runs = [self._run(subject, key, horizon, told=n)[1] for n in told]
+            plan = min(horizon, self.max_steps)
+            told = [max(1, round(factor * plan)) for factor in (1.0, *self.wrong)]
+            runs = [self._run(subject, key, plan, told=n)[1] for n in told]
             finals = np.stack([run["loss"][..., -5:].mean(axis=-1) for run in runs])
             measured |= {"told": np.array((1.0, *self.wrong)), "told_loss": finals}
         return measured
@@ -145,7 +146,8 @@ class HorizonProbe(Probe):
         One run is enough: who trains for days has one. That rule, and 10 and 100
         horizons, stand in the literature on learned optimizers, which claims one to
         two orders of magnitude. A wrong plan costs a WARN if it doubles the final loss,
-        the same factor that defines divergence.
+        the same factor that defines divergence. NA if the run has to end before the
+        first horizon does, and nothing goes wrong by then.
         """
         times, horizon = measured["diverged_at"], float(measured["horizon"])
         length = float(measured["length"])
@@ -173,6 +175,15 @@ class HorizonProbe(Probe):
                     "Told a wrong number of steps, it ends with up to "
                     f"{ranged(worst, each, '.2g')} times the loss.",
                 )
+        if length < horizon:
+            return Verdict(
+                Level.NA,
+                survived,
+                1.0,
+                f"All {times.size} runs stay well, but end after {length:.0f} steps, "
+                f"{survived:.2g} of the horizon of {horizon:.0f}; max_steps is "
+                f"{self.max_steps}.",
+            )
         return Verdict(
             Level.PASS,
             survived,

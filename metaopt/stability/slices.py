@@ -184,6 +184,8 @@ class SliceProbe(Probe):
           widest sigma above 3: neither gradients nor evolution strategies get a signal.
         - WARN: above 10 only as it is: the landscape is chaotic, use evolution
           strategies with a sigma for which it is below 3.
+        - WARN as well if the meta-loss is the same everywhere, as it is where every run
+          is lost: nothing has a direction.
         - PASS otherwise.
 
         A valley has 2. The references have at most 2.9 (Lion; the others 1), gradient
@@ -204,6 +206,12 @@ class SliceProbe(Probe):
         if not np.isfinite(raw):
             reason = f"The meta-loss over {length} inner steps is not finite."
             return Verdict(Level.FAIL, raw, ROUGH, reason)
+        if raw == 0.0:
+            reason = (
+                f"Over {length} inner steps the meta-loss is the same everywhere: "
+                "every run is lost, or theta makes no difference. There is no gradient."
+            )
+            return Verdict(Level.WARN, raw, ROUGH, reason)
         if raw <= ROUGH:
             count = int(np.median(minima.max(axis=-1)))
             reason = f"{text}, with {count} local minima: gradients point somewhere."

@@ -94,7 +94,8 @@ def run_suite(
         suite: "quick", minutes on two cores, or "full", for a GPU or a night.
         seed: of all randomness.
         out: folder that keeps each measurement as it is done; a second call with the
-            same optimizer, sizes, seed and version takes them from there.
+            same optimizer, probe, sizes, seed and version takes them from there, see
+            `fingerprint` for what makes optimizers and probes the same.
         probes: codes such as "S5", in the sizes of the suite, or probes of your own;
             all of the suite by default.
         progress: called with a probe and None when it starts, and with the probe and
@@ -117,12 +118,13 @@ def run_suite(
     chosen = [_sized(probe, suite) for probe in _chosen(probes, suite)]
     folder = None if out is None else pathlib.Path(out)
     digest = records.digest(examined)
+    # Before any of them runs: a measurement may change what others can reach.
+    kept = [records.record_of(digest, probe, seed) for probe in chosen]
     results = []
-    for probe in chosen:
+    for probe, record in zip(chosen, kept, strict=True):
         if progress:
             progress(probe, None)
         known = references.load(suite, probe) if probe.code in PROBES else {}
-        record = records.record_of(digest, probe, seed)
         result = _examine(probe, examined, seed, known, folder, record)
         results.append(result)
         if progress:
