@@ -62,6 +62,26 @@ def test_momentum_has_one_mode_with_its_own_constants(nesterov):
     np.testing.assert_allclose(answer, impulse_response(tx, 6), rtol=1e-4)
 
 
+def test_modes_that_carry_gradients():
+    """Those that a gradient enters and the update reads."""
+    angle, fade = 0.3, 0.9
+    turn = fade * np.array(
+        [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    )
+    wide = np.eye(3) * 0.5
+    wide[:2, :2] = turn
+    # The third unit hears no gradient.
+    cell = echo(wide, [1.0, 0.0, 0.0], [0.0, 1.0, 1.0])
+    linear = interpret.linearise(cell, np.zeros(3))
+    np.testing.assert_allclose(np.abs(interpret.modes(linear).momenta), [0.9, 0.9, 0.5])
+    found = interpret.carries_gradients(cell, linear, 0.1)
+    assert found.tolist() == [True, True, False]
+    # The first unit hears gradients and is not read.
+    cell = echo(np.diag([0.9, 0.5]), [1.0, 1.0], [0.0, 1.0])
+    linear = interpret.linearise(cell, np.zeros(2))
+    assert interpret.carries_gradients(cell, linear, 0.1).tolist() == [False, True]
+
+
 def test_sgd_is_all_direct():
     cell = interpret.separable_cell(optax.sgd(0.3))
     modes = interpret.modes(interpret.linearise(cell, np.zeros(0)))

@@ -159,6 +159,44 @@ def test_linear_optimizers_are_recognised():
         assert linear_family(adam, key) is None
 
 
+def cautious_update(grads, trace, params=None):
+    """Momentum whose steps are taken only where the gradient agrees."""
+    trace = 0.9 * trace + grads
+    return jnp.where(trace * grads > 0, -0.1 * trace, 0.0), trace
+
+
+ALMOST_LINEAR = {
+    "of small gradients": optax.chain(optax.clip_by_global_norm(10.0), optax.sgd(0.1)),
+    "of large ones": optax.stateless(
+        lambda g, _: jnp.where(jnp.abs(g) > 1e-6, -0.1 * g, 0.0)
+    ),
+    "of positive ones": optax.stateless(lambda g, _: -0.1 * jnp.maximum(g, 0.0)),
+    "where state and gradient agree": optax.GradientTransformation(
+        jnp.zeros_like, cautious_update
+    ),
+    "in its derivative": optax.lion(1e-3),
+    "up to a constant": optax.stateless(lambda g, _: -0.1 * g - 1e-3),
+}
+
+
+@pytest.mark.parametrize("name", ALMOST_LINEAR)
+def test_optimizers_that_are_linear_only_in_part_are_not_linear(name):
+    with jax.enable_x64(True):
+        system = System(NoisyQuadratics(), subject(ALMOST_LINEAR[name]), 200)
+        assert linear_family(system, jax.random.key(0)) is None
+
+
+def test_a_clipped_gradient_has_no_critical_curvature():
+    """It moves by at most one learning rate times the bound: it cannot diverge."""
+    probe = NoiseMapProbe(dims=(1,), num_steps=1000, num_curvatures=11, seeds=3)
+    with jax.enable_x64(True):
+        tx = ALMOST_LINEAR["of small gradients"]
+        measured = probe.measure(subject(tx), jax.random.key(0))
+    verdict = probe.judge(measured, {})
+    assert verdict.level is Level.PASS and verdict.value == np.inf
+    assert "critical curvature: none" in verdict.reason
+
+
 def test_classes():
     cases = {
         CONVERGES: ([0.8, 0.5, 0.3, 0.2], 0.0),

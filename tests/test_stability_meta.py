@@ -258,12 +258,44 @@ def test_a_flat_meta_loss_points_nowhere():
 
 
 def test_reverse_engineering_says_nothing_of_a_rule_that_has_stopped():
-    schedule = optax.linear_schedule(0.1, 0.0, 100)
+    schedule = optax.linear_schedule(0.1, 0.0, 10)
     probe = ReverseProbe(num_steps=40)
     measured = probe.measure(subject(optax.sgd(schedule)), KEY)
     verdict = probe.judge(measured, {})
     assert verdict.level is Level.WARN
     assert "makes none any more" in verdict.reason
+
+
+def test_reverse_engineering_looks_at_a_rule_before_its_schedule_ends():
+    schedule = optax.cosine_decay_schedule(1e-2, 200)
+    probe = ReverseProbe()
+    measured = probe.measure(subject(optax.adam(schedule)), KEY)
+    verdict = probe.judge(measured, {})
+    assert verdict.level is Level.PASS and "at step 100" in verdict.reason, verdict
+    # Half of the cosine is over there: half of the learning rate for any first step.
+    first = measured["functions"][0]
+    b1, b2 = 0.9**101, 0.999**101
+    bias = 0.1 / (1 - b1) / np.sqrt(0.001 / (1 - b2))
+    np.testing.assert_allclose(first[-1], -0.5e-2 * bias, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tx", "momentum"),
+    [
+        (optax.adam(1e-2, b1=0.8), 0.8),
+        (optax.lion(1e-3, b2=0.95), 0.95),
+        (optax.amsgrad(1e-2), 0.9),
+        (optax.adagrad(0.1), 0.0),
+        (optax.adafactor(1e-2), 0.0),
+        (optax.sgd(0.1, momentum=0.99999), 0.99999),
+    ],
+    ids=("adam", "lion", "amsgrad", "adagrad", "adafactor", "momentum"),
+)
+def test_a_memory_of_the_size_of_gradients_is_no_momentum(tx, momentum):
+    probe = ReverseProbe(num_steps=40)
+    verdict = probe.judge(probe.measure(subject(tx), KEY), {})
+    assert verdict.value == pytest.approx(momentum, rel=1e-5)
+    assert verdict.level is (Level.WARN if momentum > 0.9999 else Level.PASS), verdict
 
 
 def test_reverse_engineering_names_the_fault():

@@ -24,11 +24,28 @@ class Cell(NamedTuple):
             the new state and the update `[]`; `count` is what integer counters show.
         start: the initial state `[s]`.
         assumption: what is held fixed that in truth moves; empty for exact cells.
+        standing: where counters stand unless `step` is told otherwise.
     """
 
     step: Callable[..., tuple[jax.Array, jax.Array]]
     start: jax.Array
     assumption: str = ""
+    standing: int = STEADY
+
+
+def standing_at(cell: Cell, count: int) -> Cell:
+    """Returns a cell whose counters stand at `count` unless told otherwise.
+
+    >>> tx = optax.sgd(optax.linear_schedule(1.0, 0.0, 4))
+    >>> cell = standing_at(separable_cell(tx), 1)
+    >>> float(cell.step(jnp.zeros(0), jnp.float32(1.0))[1])
+    -0.75
+    """
+
+    def step(h, g, count=count):
+        return cell.step(h, g, count)
+
+    return cell._replace(step=step, standing=count)
 
 
 def separable_cell(tx: optax.GradientTransformation) -> Cell:

@@ -8,6 +8,10 @@ import numpy as np
 
 from metaopt.interpret.cell import Cell
 
+# Marks that are rounding of the eigenvectors, and answers too small to count, each
+# relative to the largest.
+_ROUNDING, _NEGLIGIBLE = 1e-12, 1e-6
+
 
 class Linear(NamedTuple):
     """The first-order expansion of a cell `h' = F(h, g)`, `u = U(h, g)`.
@@ -110,6 +114,54 @@ def modes(linear: Linear) -> Modes:
     direct = -float(linear.update_by_gradient) - float(np.sum(rates).real)
     order = np.argsort(-np.abs(momenta), kind="stable")
     return Modes(momenta[order], rates[order], direct)
+
+
+def carries_gradients(cell: Cell, linear: Linear, size: float) -> np.ndarray:
+    """Returns which modes are a memory of past gradients, in the order of `modes`.
+
+    A mode is one if an impulse `g` and its opposite `-g` leave opposite marks in it,
+    and the update answers such a mark without any gradient. A memory of the size of
+    gradients alone, such as Adam's average of squares, is none. Both are measured with
+    impulses of finite size: a sign has the derivative 0, a root at 0 an infinite one.
+
+    Args:
+        cell: the optimizer of one parameter.
+        linear: its expansion at a state at rest.
+        size: the gradient `g`, such as the root mean square of those seen.
+
+    Returns:
+        Booleans `[s]`; also true where the answer is not finite.
+
+    >>> import optax
+    >>> from metaopt.interpret.cell import separable_cell
+    >>> cell = separable_cell(optax.adam(0.1))
+    >>> linear = linearise(cell, np.array([0.0, 4.0]))
+    >>> modes(linear).momenta.real.round(4).tolist()
+    [0.999, 0.9]
+    >>> carries_gradients(cell, linear, 1.0).tolist()
+    [False, True]
+    """
+    momenta, right = np.linalg.eig(linear.state_by_state)
+    if not momenta.size:
+        return np.zeros(0, bool)
+    impulses = jnp.asarray([size, -size], cell.start.dtype)
+    at_rest = jnp.asarray(linear.state, cell.start.dtype)
+    states, updates = jax.vmap(cell.step, (None, 0))(at_rest, impulses)
+    up, down = np.asarray(states, float)
+    taken = np.linalg.pinv(right) @ (up - down) / 2
+    taken[np.abs(taken) <= _ROUNDING * np.abs(taken).max()] = 0.0
+    # A pair of complex modes turns: its mark shows in one part or in the other.
+    marks = np.concatenate([(right * taken).T.real, (right * taken).T.imag])
+    moved = np.asarray(linear.state) + np.stack([marks, -marks])
+    quiet = lambda h: cell.step(h, jnp.zeros((), h.dtype))[1]
+    answers = jax.vmap(jax.vmap(quiet))(jnp.asarray(moved, cell.start.dtype))
+    answers = np.abs(np.subtract(*np.asarray(answers, float)))
+    direct = abs(float(updates[0] - updates[1]))
+    strongest = np.nanmax([direct, *answers], initial=0.0)
+    silent = np.isfinite(answers) & (answers <= _NEGLIGIBLE * strongest)
+    found = np.any(marks != 0, axis=-1) & ~silent
+    order = np.argsort(-np.abs(momenta), kind="stable")
+    return found.reshape(2, -1).any(axis=0)[order]
 
 
 def linear_cell(linear: Linear, start: np.ndarray) -> Cell:

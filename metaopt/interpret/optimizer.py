@@ -9,7 +9,13 @@ import numpy as np
 import optax
 
 from metaopt import validate
-from metaopt.interpret.cell import Cell, as_optax, embedded_cell, separable_cell
+from metaopt.interpret.cell import (
+    Cell,
+    as_optax,
+    embedded_cell,
+    separable_cell,
+    standing_at,
+)
 from metaopt.interpret.fixed_points import (
     Components,
     FixedPoints,
@@ -83,6 +89,9 @@ def examine(
     schedule and adaptation, after Maheswaranathan et al., 2021,
     https://arxiv.org/abs/2011.02159; `linear_loss` is the seventh analysis.
 
+    Counters stand far beyond all warm-up. A rule that makes no step there, whose
+    schedule has ended, is taken apart at the middle of the runs instead.
+
     Args:
         tx: the optimizer.
         task: what it trains while observed; all parameters form one tensor.
@@ -108,12 +117,16 @@ def examine(
     late = late.reshape(int(np.prod(late.shape[:-1])), late.shape[-1])
     visited = late[np.linspace(0, len(late) - 1, 24).astype(int)]
     starts = np.concatenate([cell.start[None], visited])
-    rest = fixed_points(cell, jnp.asarray(starts))
-    linear = tuple(linearise(cell, h) for h in rest.points)
     gradients = np.asarray(runs.gradients)[:, num_steps // 2 :]
     density, edges = gradient_histogram(gradients)
     grid = np.linspace(edges[0], edges[-1], 81)
     states = np.concatenate([np.asarray(cell.start)[None], visited])
+    functions = update_functions(cell, states, grid)
+    if not np.any(functions[1:]):
+        cell = standing_at(cell, num_steps // 2)
+        functions = update_functions(cell, states, grid)
+    rest = fixed_points(cell, jnp.asarray(starts))
+    linear = tuple(linearise(cell, h) for h in rest.points)
     components = principal_components(hidden)
     middle = rest.points[0] if len(rest.points) else components.mean
     return Panel(
@@ -127,7 +140,7 @@ def examine(
         edges=edges,
         grid=grid,
         visited=visited,
-        functions=update_functions(cell, states, grid),
+        functions=functions,
         displaced=displaced_functions(cell, middle, components, grid),
         schedule=autonomous_schedule(cell, num_steps),
         settled=adaptation(cell, grid),

@@ -16,6 +16,8 @@ from metaopt.task import Task
 
 CONVERGES, CYCLES, BALL, DIVERGES = range(4)
 KINDS = ("converges", "limit cycle", "noise ball", "diverges")
+# Random states at which a linear optimizer must be the same.
+_STATES = 32
 
 
 class Quadratic(NamedTuple):
@@ -138,7 +140,9 @@ def linear_family(system: System, key: jax.Array) -> tuple[Loop, Loop] | None:
 
     The loop of a linear optimizer on curvature `h` is `A(0) + h (A(1) - A(0))`, the
     same for `B`. An optimizer is taken for linear if the derivative of a step is the
-    same at two random states. Counters stand at step 100, past the warm-up of averages.
+    same at random states of all sizes from 1e-8 to 1e8 and both signs, and gives the
+    step itself: a clipped gradient is linear only nearby, and a sign has no slope.
+    Counters stand at step 100, past the warm-up of averages.
 
     Returns:
         None for an optimizer that is not linear.
@@ -161,21 +165,27 @@ def linear_family(system: System, key: jax.Array) -> tuple[Loop, Loop] | None:
             after = LoopState(optax.apply_updates(params, updates), opt_state)
             return split_floats(after)[0]
 
-        def at(key, h):
+        def at(h, size, key):
             z_key, xi_key = jax.random.split(key)
-            where = jax.random.normal(z_key, z.shape, z.dtype)
-            xi = jax.random.normal(xi_key, params.shape, params.dtype)
-            return jax.jacfwd(step, (0, 1))(where, xi, h)
+            where = size * jax.random.normal(z_key, z.shape, z.dtype)
+            xi = size * jax.random.normal(xi_key, params.shape, params.dtype)
+            A, B = jax.jacfwd(step, (0, 1))(where, xi, h)
+            return A, B, (step(where, xi, h) - A @ where - B @ xi) / size
 
-        keys = jax.random.split(key)
-        return at(keys[0], 0.0), at(keys[0], 1.0), at(keys[1], 1.0)
+        sizes = jnp.logspace(-8, 8, _STATES, dtype=z.dtype)
+        sizes *= jnp.where(jnp.arange(_STATES) % 2 == 0, 1.0, -1.0)
+        everywhere = jax.vmap(at, (None, 0, 0))
+        keys = jax.random.split(key, _STATES)
+        return everywhere(0.0, sizes, keys), everywhere(1.0, sizes, keys)
 
-    zero, one, other = jax.tree.map(np.asarray, jax.jit(derivatives)(key))
-    same = (np.allclose(a, b, 1e-5, 1e-6) for a, b in zip(one, other, strict=True))
-    if not all(same):
-        return None
+    found = jax.tree.map(np.asarray, jax.jit(derivatives)(key))
+    for A, B, rest in found:
+        same = (np.allclose(x, x[0], 1e-5, 1e-6) for x in (A, B))
+        slack = 1e-5 * (1.0 + np.abs(A).max() + np.abs(B).max())
+        if not (all(same) and np.allclose(rest, 0.0, atol=slack)):
+            return None
     first, second = (
-        Loop(*(np.asarray(x, np.float64) for x in pair)) for pair in (zero, one)
+        Loop(A[0].astype(np.float64), B[0].astype(np.float64)) for A, B, _ in found
     )
     return first, second
 

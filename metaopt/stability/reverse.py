@@ -6,7 +6,8 @@ from typing import ClassVar
 import numpy as np
 
 from metaopt import validate
-from metaopt.interpret import Panel, examine
+from metaopt.interpret import Panel, carries_gradients, examine
+from metaopt.interpret.cell import STEADY
 from metaopt.stability.probe import Arrays, Level, Probe, Verdict
 from metaopt.stability.problems import Bowl
 from metaopt.stability.spread import spread
@@ -58,12 +59,14 @@ class ReverseProbe(Probe):
     def judge(self, measured, references):
         """FAIL if memory grows or the rule climbs; WARN at the edge of either.
 
-        - FAIL: an effective momentum above 1.0001, which grows by e in 10,000 steps
-          without any gradient; or most gradients are answered by a step up the slope
-          (share above 0.5).
-        - WARN: no step at all where its counters stand high, of which nothing can be
-          said; a momentum above 0.9999, a memory of more than 10,000 steps; more than
-          5 per cent of the gradients answered upwards, or in the range where the update
+        - FAIL: a part of the state that grows by more than 1.0001 per step, by e in
+          10,000 steps, without any gradient; or most gradients are answered by a step
+          up the slope (share above 0.5).
+        - WARN: no step at all, neither where its counters stand high nor at the middle
+          of the runs, of which nothing can be said; an effective momentum above 0.9999,
+          a memory of gradients of more than 10,000 steps. What remembers their size
+          alone may stay, as the sum of squares of AdaGrad does. WARN also: more than 5
+          per cent of the gradients answered upwards, or in the range where the update
           function turns back (Adam's does for rare large gradients, so not 0); a drift
           without gradient above 1 per cent of the usual update: it adds up like
           1 + 2 + 3 while noise averages out. The references have none.
@@ -92,22 +95,24 @@ class ReverseProbe(Probe):
         if not len(measured["speed"]):
             reason = "No state at rest was found without gradient."
             return Verdict(Level.WARN, np.nan, np.nan, reason)
+        kept = momenta[measured.get("carried", np.ones(len(momenta), bool))]
+        memory = float(kept.max(initial=0.0))
         turns, drift = float(np.median(measured["turns"])), float(measured["drift"])
         turning = spread(measured["turns"], ".0%")
         cases = (
-            (largest, MEMORY, f"Its memory fades by only {largest:.6f} per step."),
+            (memory, MEMORY, f"Its memory fades by only {memory:.6f} per step."),
             (climb, MINORITY, f"It answers {shares} of the gradients upwards."),
             (turns, MINORITY, f"Its update turns back for {turning} of gradients."),
             (drift, DRIFT, f"It drifts without gradient by {drift:.2g} of a step."),
         )
         for value, threshold, reason in cases:
             if not value <= threshold:
-                return Verdict(Level.WARN, value, threshold, reason)
+                return Verdict(Level.WARN, value, threshold, reason + _seen(measured))
         reason = (
-            f"Its memory fades (largest effective momentum {largest:.4f}), and it "
+            f"Its memory fades (largest effective momentum {memory:.4f}), and it "
             f"steps down on {spread(1 - climbs, '.0%')} of the gradients."
         )
-        return Verdict(Level.PASS, largest, GROWTH, reason)
+        return Verdict(Level.PASS, memory, MEMORY, reason + _seen(measured))
 
     def plot(self, measured, references, axes):
         grid, density = measured["grid"], measured["density"]
@@ -133,6 +138,12 @@ class ReverseProbe(Probe):
         axes.legend(fontsize="small", frameon=False)
 
 
+def _seen(measured: Arrays) -> str:
+    """Says where counters stood if they could not stand high."""
+    count = int(measured.get("count", STEADY))
+    return "" if count == STEADY else f" Seen at step {count}; late ones are zero."
+
+
 def _normal(function: np.ndarray) -> np.ndarray:
     largest = np.abs(function).max()
     return function / largest if np.isfinite(largest) and largest > 0 else function
@@ -143,12 +154,13 @@ def summarise(panel: Panel) -> Arrays:
 
     Returns:
         "speed" of each fixed point; "momenta", "rates" (complex) and "direct" of each
-        linearisation; "drift", the largest update at rest over the RMS update of the
-        runs, "update_rms"; "climbs" and "turns", per visited state the share of the
-        gradients seen that are answered upwards, and for which the update function
-        turns back; "functions" over "grid", "density" over "edges"; "schedule";
-        "settled_rates"; "explained", cumulative variance of the principal components;
-        "assumption".
+        linearisation, "carried", which of its modes carry gradients; "drift", the
+        largest update at rest over the RMS update of the runs, "update_rms"; "climbs"
+        and "turns", per visited state the share of the gradients seen that are answered
+        upwards, and for which the update function turns back; "functions" over "grid",
+        "density" over "edges"; "schedule"; "settled_rates"; "explained", cumulative
+        variance of the principal components; "assumption"; "count", where counters
+        stood.
     """
     updates = np.asarray(panel.run.updates, float)
     late = updates[:, updates.shape[1] // 2 :]
@@ -164,10 +176,15 @@ def summarise(panel: Panel) -> Arrays:
     slack = 1e-6 * np.abs(visited).max()
     scale = np.abs(panel.grid).max()
     none = np.zeros(0)
+    gradients = np.asarray(panel.run.gradients, float)[:, updates.shape[1] // 2 :]
+    size = np.sqrt(np.mean(gradients**2))
+    size = float(size) if np.isfinite(size) and size > 0 else 1.0
+    carried = (carries_gradients(panel.cell, x, size) for x in panel.linear)
     return {
         "speed": panel.rest.speed,
         "momenta": np.concatenate([none, *(m.momenta for m in panel.modes)]),
         "rates": np.concatenate([none, *(m.rates for m in panel.modes)]),
+        "carried": np.concatenate([none.astype(bool), *carried]),
         "direct": np.array([m.direct for m in panel.modes]),
         "drift": np.asarray(max(at_rest, default=0.0) / max(rms, 1e-300)),
         "update_rms": np.asarray(rms),
@@ -181,4 +198,5 @@ def summarise(panel: Panel) -> Arrays:
         "settled_rates": panel.settled.rates,
         "explained": panel.components.cumulative(),
         "assumption": np.asarray(panel.cell.assumption),
+        "count": np.asarray(panel.cell.standing),
     }
