@@ -9,7 +9,7 @@ MAX_LINES = 400
 
 # Each unit of metaopt may import the units of lower layers and itself.
 LAYERS = (
-    ("validate", "_tree", "_files", "sharding"),
+    ("validate", "_double", "_tree", "_files", "sharding"),
     ("task",),
     ("optimizers.base",),
     ("learner",),
