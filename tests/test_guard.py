@@ -133,6 +133,36 @@ def test_a_broken_optimizer_is_replaced(value, reason):
     assert f"took over at step {step}" in report and "fallback is in charge" in report
 
 
+def restarting(drift):
+    """SGD whose rate falls from 0.1 to 0 three times, along cosines of 300 steps.
+
+    From step 750 on, in the middle of the last, it also grows by `drift` per step.
+    """
+    cosine = optax.cosine_decay_schedule(0.1, 300)
+
+    def rate(count):
+        return cosine(count % 300) * drift ** jnp.maximum(count - 750, 0)
+
+    return guard(optax.sgd(rate), optax.sgd(0.05))
+
+
+def test_a_warm_restart_does_not_trip():
+    """With noisy gradients; growth beyond what updates were before still does."""
+    noise = 1 + 0.2 * jax.random.normal(jax.random.key(0), (900,))
+
+    @jax.jit
+    def state_after(drift):
+        tx, params = restarting(drift), jnp.zeros(1)
+        step = lambda state, g: (tx.update(g[None], state, params)[1], None)
+        return jax.lax.scan(step, tx.init(params), noise)[0]
+
+    state = state_after(1.0)
+    assert int(state.trips) == 0, guard_report(state)
+    state = state_after(1.5)
+    assert int(state.reason) == Reason.LARGE_UPDATE
+    assert 750 < int(state.first_step) < 770
+
+
 def test_bad_gradients_reach_neither_optimizer():
     """Skipping a step is the same as never having had it."""
     scale = ones(_30=jnp.nan, _50=1e8, _51=jnp.inf)

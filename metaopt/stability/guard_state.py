@@ -29,6 +29,8 @@ class GuardState(NamedTuple):
         active: whether the guarded optimizer is in charge, bool.
         grad_size: running mean of the logarithm of the gradient norm.
         update_size: the same of the guarded optimizer's update norm.
+        update_peak: square of the largest usual one of these norms, one that was not
+            far above the mean before it.
         updates_seen: updates in `update_size`, int32.
         loss: running mean of the loss.
         best: lowest running mean of the loss.
@@ -51,6 +53,7 @@ class GuardState(NamedTuple):
     active: jax.Array
     grad_size: jax.Array
     update_size: jax.Array
+    update_peak: jax.Array
     updates_seen: jax.Array
     loss: jax.Array
     best: jax.Array
@@ -77,6 +80,7 @@ def start(inner: chex.ArrayTree, backup: chex.ArrayTree) -> GuardState:
         active=jnp.array(True),
         grad_size=unknown,
         update_size=unknown,
+        update_peak=jnp.float32(0.0),
         updates_seen=zero,
         loss=unknown,
         best=unknown,

@@ -13,6 +13,7 @@ from metaopt.stability.guard_state import Reason, start
 
 _MEAN_DECAY = 0.98
 _LOSS_FLOOR = 0.01
+_PEAK_FACTOR = 2.0
 # The length of the products that XLA adds up fastest on the CPU, and the size of a
 # tensor below which they are not worth a kernel of their own.
 _ROW = 256
@@ -49,7 +50,8 @@ def guard(
 
     - is not finite,
     - is more than `update_factor` times its running geometric mean (from the tenth
-      update on),
+      update on), and more than twice the largest one that was not: at a warm restart
+      updates may grow back to what they were,
 
     and after `patience` steps in a row where
 
@@ -284,7 +286,10 @@ def _judge(rules, state, square, watched):
     `square` is that of the updates of the guarded optimizer.
     """
     known = state.updates_seen >= 10
-    large = known & _above(square, state.update_size, rules.update_factor)
+    unusual = _above(square, state.update_size, rules.update_factor)
+    # Without the peak it would trip at each restart of a learning rate; with one that
+    # follows unusual updates it would never trip at exponential growth.
+    large = known & unusual & (square > _PEAK_FACTOR**2 * state.update_peak)
     found = (
         (state.active & (state.high >= rules.patience), Reason.LOSS),
         (watched & large, Reason.LARGE_UPDATE),
@@ -294,8 +299,10 @@ def _judge(rules, state, square, watched):
     for broken, code in found:
         reason = jnp.where(broken, code, reason)
     moved = watched & (square > 0)
+    peak = jnp.where(watched & ~unusual, square, 0.0)
     return reason, state._replace(
         update_size=_log_mean(state.update_size, square, watched),
+        update_peak=jnp.maximum(state.update_peak, peak),
         updates_seen=state.updates_seen + moved.astype(jnp.int32),
     )
 
@@ -335,6 +342,7 @@ def _return(state, due, tx, params):
             active=jnp.array(True),
             resting=zero,
             update_size=jnp.float32(jnp.nan),
+            update_peak=jnp.float32(0.0),
             updates_seen=zero,
             best=state.loss,
             high=zero,
