@@ -181,6 +181,60 @@ def test_a_new_size_of_gradients_is_accepted_in_the_end():
     assert int(state.trips) == 0
 
 
+def test_huge_gradients_are_accepted_in_the_end():
+    """Their squares are not finite in float32, at once or behind usual ones."""
+    grads = {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}
+    tx = guard(optax.sgd(1e-30), optax.sgd(1e-30), patience=10)
+
+    @jax.jit
+    def state_after(scales):
+        def step(state, scale):
+            scaled = jax.tree.map(lambda g: scale * g, grads)
+            return tx.update(scaled, state, PARAMS)[1], state.grad_size
+
+        return jax.lax.scan(step, tx.init(PARAMS), scales)
+
+    size = 0.5 * np.log(15)
+    for before, huge in ((0, 1e20), (15, 1e20), (15, 3e37)):
+        scales = np.full(60, huge, np.float32)
+        scales[:before] = 1.0
+        state, _ = state_after(jnp.asarray(scales))
+        assert int(state.skipped) == 10 and int(state.rejected) == 0
+        np.testing.assert_allclose(state.grad_size, size + np.log(huge), rtol=1e-4)
+    # Of the new normal, a spike is one again; and from it there is a way back.
+    scales = np.full(200, 1e20, np.float32)
+    scales[30], scales[40] = 1e24, np.nan
+    scales[50:] = 1.0
+    state, sizes = state_after(jnp.asarray(scales))
+    assert int(state.skipped) == 12
+    np.testing.assert_allclose(sizes[50], size + np.log(1e20), rtol=1e-4)
+    assert sizes[-1] < 0.1 * sizes[50]
+
+
+def test_a_stall_is_told():
+    tx = guard(optax.sgd(0.1), patience=10)
+
+    @jax.jit
+    def state_after(grad, value):
+        def step(state, given):
+            value, grad = given
+            grads = jax.tree.map(lambda p: grad * p, PARAMS)
+            return tx.update(grads, state, PARAMS, value=value)[1], None
+
+        return jax.lax.scan(step, tx.init(PARAMS), (value, grad))[0]
+
+    bad = jnp.where(jnp.arange(30) < 5, 1.0, jnp.nan)
+    report = guard_report(state_after(bad, jnp.ones(30)))
+    assert report.startswith("The optimizer was in charge for all 30 steps")
+    assert "25 steps made no update" in report
+    assert report.endswith("The last 25 in a row are among them.")
+    state = state_after(jnp.ones(30), bad)
+    assert int(state.reason) == Reason.NON_FINITE_LOSS and int(state.skipped) == 25
+    report = guard_report(state)
+    assert "took over at step 14: the loss was not a finite number." in report
+    assert report.endswith("The last 25 in a row are among them.")
+
+
 def test_without_value_the_loss_is_not_watched():
     tx = guard(optax.sgd(-0.01), patience=5)
     state = tx.init(PARAMS)

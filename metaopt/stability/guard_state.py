@@ -17,6 +17,7 @@ class Reason(enum.IntEnum):
     LARGE_UPDATE = 2
     LOSS = 3
     COVERAGE = 4
+    NON_FINITE_LOSS = 5
 
 
 class GuardState(NamedTuple):
@@ -105,6 +106,7 @@ _WORDS = {
     Reason.NON_FINITE_UPDATE: "its update was not finite",
     Reason.LARGE_UPDATE: "its update was far larger than before",
     Reason.LOSS: "the loss stayed far above its best",
+    Reason.NON_FINITE_LOSS: "the loss was not a finite number",
     Reason.COVERAGE: "too many of its inputs were unlike those of healthy runs",
 }
 
@@ -131,6 +133,7 @@ def guard_report(state: Any) -> str:
 def _sentences(state: GuardState) -> str:
     field = lambda name: int(np.asarray(getattr(state, name)))
     steps, trips, skipped = field("step"), field("trips"), field("skipped")
+    rejected = field("rejected")
     said = []
     if not trips:
         said.append(
@@ -154,4 +157,6 @@ def _sentences(state: GuardState) -> str:
             f"{skipped} steps made no update, because a gradient or loss was not "
             "finite or a gradient was far too large."
         )
+    if rejected:
+        said.append(f"The last {rejected} in a row are among them.")
     return " ".join(said)

@@ -14,6 +14,9 @@ from metaopt.stability.guard_state import Reason, start
 _MEAN_DECAY = 0.98
 _LOSS_FLOOR = 0.01
 _PEAK_FACTOR = 2.0
+# Logarithms of norms: above the first, gradients are scaled down to it before they are
+# squared, by the second where nothing is known of them. Squares of float32 end at 44.
+_LARGE, _LARGEST = 20.0, 50.0
 # The length of the products that XLA adds up fastest on the CPU, and the size of a
 # tensor below which they are not worth a kernel of their own.
 _ROW = 256
@@ -63,7 +66,8 @@ def guard(
     A gradient or loss that is not finite, and a gradient of more than `gradient_factor`
     times its running geometric mean, is shown to neither optimizer: that step makes no
     update. After `patience` such steps in a row a finite gradient counts as the new
-    normal. No update that is not finite ever leaves the guard.
+    normal; a loss that is not finite never does. No update that is not finite ever
+    leaves the guard, nor one whose norm is above 1e19: its square is not finite.
 
     The state of the fallback is kept warm by showing it every `refresh`-th gradient.
 
@@ -162,10 +166,10 @@ def _step(rules, pair, grads, state, params, extra):
     rest = state._replace(inner=())
 
     def rare():
-        found, state = reason, rest
+        found, state = _loss_reason(reason, extra.get("value")), rest
         if rules.coverage is not None:
             x = generic_features(grads, mine, params)
-            found, state = _judge_inputs(rules, rest, x, due, watched, reason)
+            found, state = _judge_inputs(rules, rest, x, due, watched, found)
         return _fall_back(lambda s: run(fallback, s), state, mine, accepted, found)
 
     updates, rest = jax.lax.cond(
@@ -234,28 +238,30 @@ def _square_by_products(tree: chex.ArrayTree) -> jax.Array:
 _square = _square_by_sums if jax.__version_info__ >= (0, 11) else _square_by_products
 
 
-def _log_mean(mean, square, use):
+def _log_mean(mean, size, use):
     """Moves a running mean of log norms; starts it at the first that is not zero."""
-    size = 0.5 * jnp.log(square)
     moved = jnp.where(
         jnp.isnan(mean), size, _MEAN_DECAY * mean + (1 - _MEAN_DECAY) * size
     )
-    return jnp.where(use & (square > 0), moved, mean)
+    return jnp.where(use & (size > -jnp.inf), moved, mean)
 
 
-def _above(square, mean, factor):
-    """Whether a norm is above `factor` times its running mean; not if none is known."""
-    return 0.5 * jnp.log(square) > mean + jnp.log(factor)
+def _above(size, mean, factor):
+    """Whether a log norm is far above its running mean; not if none is known."""
+    return size > mean + jnp.log(factor)
 
 
 def _watch_inputs(rules, state, grads, value):
     """Returns the state after a look at gradient and loss, and whether to use them."""
-    square = _square(grads)
-    finite = jnp.isfinite(square)
     # After a long time of rejection the old mean says nothing.
     outdated = state.rejected >= rules.patience
-    normal = ~_above(square, state.grad_size, rules.gradient_factor) | outdated
-    accepted = finite & normal
+    # Squares of finite gradients must be finite; the product is in the same pass.
+    down = jnp.where(outdated, _LARGEST, jnp.fmax(state.grad_size - _LARGE, 0.0))
+    scaled = lambda g: jnp.exp(-down) * jnp.asarray(g, jnp.float32)
+    size = 0.5 * jnp.log(_square(jax.tree.map(scaled, grads))) + down
+    normal = ~_above(size, state.grad_size, rules.gradient_factor) | outdated
+    # Minus infinity is a gradient of zero.
+    accepted = (size < jnp.inf) & normal
     if value is not None:
         value = jnp.asarray(value, jnp.float32)
         accepted &= jnp.isfinite(value)
@@ -275,7 +281,7 @@ def _watch_inputs(rules, state, grads, value):
             high=jnp.where(value <= limit, 0, state.high + 1),
         )
     mean = jnp.where(outdated, jnp.nan, state.grad_size)
-    mean = _log_mean(jnp.where(accepted, mean, state.grad_size), square, accepted)
+    mean = _log_mean(jnp.where(accepted, mean, state.grad_size), size, accepted)
     rejected = jnp.where(accepted, 0, state.rejected + 1)
     return state._replace(grad_size=mean, rejected=rejected), accepted
 
@@ -286,7 +292,8 @@ def _judge(rules, state, square, watched):
     `square` is that of the updates of the guarded optimizer.
     """
     known = state.updates_seen >= 10
-    unusual = _above(square, state.update_size, rules.update_factor)
+    size = 0.5 * jnp.log(square)
+    unusual = _above(size, state.update_size, rules.update_factor)
     # Without the peak it would trip at each restart of a learning rate; with one that
     # follows unusual updates it would never trip at exponential growth.
     large = known & unusual & (square > _PEAK_FACTOR**2 * state.update_peak)
@@ -301,10 +308,18 @@ def _judge(rules, state, square, watched):
     moved = watched & (square > 0)
     peak = jnp.where(watched & ~unusual, square, 0.0)
     return reason, state._replace(
-        update_size=_log_mean(state.update_size, square, watched),
+        update_size=_log_mean(state.update_size, size, watched),
         update_peak=jnp.maximum(state.update_peak, peak),
         updates_seen=state.updates_seen + moved.astype(jnp.int32),
     )
+
+
+def _loss_reason(reason, value):
+    """Returns the same, with a reason of its own for a loss that is not finite."""
+    if value is None:
+        return reason
+    missing = (reason == Reason.LOSS) & ~jnp.isfinite(jnp.asarray(value, jnp.float32))
+    return jnp.where(missing, Reason.NON_FINITE_LOSS, reason)
 
 
 def _judge_inputs(rules, state, x, due, watched, reason):
