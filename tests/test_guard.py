@@ -16,7 +16,7 @@ from metaopt.stability import (
     guard_report,
     observe,
     observed_features,
-    online_guard,
+    square_norm,
 )
 from metaopt.stability.faults import Fault, inject
 from metaopt.stability.guard_state import GuardState, Reason
@@ -402,7 +402,7 @@ def test_a_fresh_state_can_be_donated():
 
 
 @pytest.mark.parametrize(
-    "square", [online_guard._square_by_sums, online_guard._square_by_products]
+    "square", [square_norm.square_by_sums, square_norm.square_by_products]
 )
 def test_norms_are_those_of_numpy(square):
     # Below and above the sizes from which products take rows, with a rest and without.

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,6 +9,7 @@ import optax
 from metaopt import validate
 from metaopt.stability.coverage import Coverage, generic_features, share_beyond
 from metaopt.stability.guard_state import Reason, start
+from metaopt.stability.square_norm import square_norm
 
 _MEAN_DECAY = 0.98
 _LOSS_FLOOR = 0.01
@@ -17,10 +17,6 @@ _PEAK_FACTOR = 2.0
 # Logarithms of norms: above the first, gradients are scaled down to it before they are
 # squared, by the second where nothing is known of them. Squares of float32 end at 44.
 _LARGE, _LARGEST = 20.0, 50.0
-# The length of the products that XLA adds up fastest on the CPU, and the size of a
-# tensor below which they are not worth a kernel of their own.
-_ROW = 256
-_SMALL = 1024
 
 
 class _Rules(NamedTuple):
@@ -160,7 +156,7 @@ def _step(rules, pair, grads, state, params, extra):
         lambda: (jax.tree.map(jnp.zeros_like, params), state.inner),
     )
     # Outside of the branch: in it XLA would compute the updates in two passes.
-    reason, state = _judge(rules, state, _square(mine), watched)
+    reason, state = _judge(rules, state, square_norm(mine), watched)
     due = state.step % rules.refresh == 0
     # What the branches need not see cannot be copied for them.
     rest = state._replace(inner=())
@@ -196,46 +192,13 @@ def _fall_back(run, state, mine, accepted, reason):
     updates, backup = jax.lax.cond(
         accepted & ~state.active, lambda: run(warm), lambda: (mine, warm)
     )
-    allowed = accepted & jnp.isfinite(_square(updates))
+    allowed = accepted & jnp.isfinite(square_norm(updates))
     updates = jax.tree.map(lambda u: jnp.where(allowed, u, 0), updates)
     return updates, state._replace(
         backup=backup,
         skipped=state.skipped + (~allowed).astype(jnp.int32),
         resting=jnp.where(state.active, 0, state.resting + 1),
     )
-
-
-def _square_by_sums(tree: chex.ArrayTree) -> jax.Array:
-    """Returns the sum of squares `[]`; not finite if any element is not."""
-    leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(tree)]
-    # The small ones together: each sum of its own is several kernels.
-    small = [jnp.ravel(x) for x in leaves if x.size < _SMALL]
-    large = [x for x in leaves if x.size >= _SMALL]
-    parts = [jnp.concatenate(small), *large] if small else large
-    return sum((jnp.sum(x * x) for x in parts), jnp.float32(0.0))
-
-
-def _square_by_products(tree: chex.ArrayTree) -> jax.Array:
-    """Returns the same, by products with ones."""
-    parts = [jnp.zeros(1)]
-    for leaf in jax.tree.leaves(tree):
-        x = jnp.asarray(leaf, jnp.float32)
-        if x.ndim < 2 or x.size < _SMALL:
-            x = jnp.ravel(x)
-            whole = x.size // _SMALL * _SMALL
-            parts.append(x[whole:] ** 2)
-            x = x[:whole].reshape(-1, _ROW)
-        ones = jnp.ones(x.shape[-1])
-        parts.append(jnp.ravel(jnp.dot(x * x, ones, precision="highest")))
-    # Each barrier keeps XLA from fusing what is faster apart: the sums of the rows with
-    # their concatenation, and that with the last sum.
-    parts = jax.lax.optimization_barrier(parts)
-    return jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(parts)))
-
-
-# With JAX 0.10 XLA adds one by one on the CPU; with 0.11 and 0.12 it is the products
-# that are slow, by about four times (docs/speed.md).
-_square = _square_by_sums if jax.__version_info__ >= (0, 11) else _square_by_products
 
 
 def _log_mean(mean, size, use):
@@ -258,7 +221,7 @@ def _watch_inputs(rules, state, grads, value):
     # Squares of finite gradients must be finite; the product is in the same pass.
     down = jnp.where(outdated, _LARGEST, jnp.fmax(state.grad_size - _LARGE, 0.0))
     scaled = lambda g: jnp.exp(-down) * jnp.asarray(g, jnp.float32)
-    size = 0.5 * jnp.log(_square(jax.tree.map(scaled, grads))) + down
+    size = 0.5 * jnp.log(square_norm(jax.tree.map(scaled, grads))) + down
     normal = ~_above(size, state.grad_size, rules.gradient_factor) | outdated
     # Minus infinity is a gradient of zero.
     accepted = (size < jnp.inf) & normal
