@@ -16,7 +16,7 @@ from metaopt.stability import (
     guard_report,
     observe,
     observed_features,
-    online_guard,
+    square_norm,
 )
 from metaopt.stability.faults import Fault, inject
 from metaopt.stability.guard_state import GuardState, Reason
@@ -133,6 +133,36 @@ def test_a_broken_optimizer_is_replaced(value, reason):
     assert f"took over at step {step}" in report and "fallback is in charge" in report
 
 
+def restarting(drift):
+    """SGD whose rate falls from 0.1 to 0 three times, along cosines of 300 steps.
+
+    From step 750 on, in the middle of the last, it also grows by `drift` per step.
+    """
+    cosine = optax.cosine_decay_schedule(0.1, 300)
+
+    def rate(count):
+        return cosine(count % 300) * drift ** jnp.maximum(count - 750, 0)
+
+    return guard(optax.sgd(rate), optax.sgd(0.05))
+
+
+def test_a_warm_restart_does_not_trip():
+    """With noisy gradients; growth beyond what updates were before still does."""
+    noise = 1 + 0.2 * jax.random.normal(jax.random.key(0), (900,))
+
+    @jax.jit
+    def state_after(drift):
+        tx, params = restarting(drift), jnp.zeros(1)
+        step = lambda state, g: (tx.update(g[None], state, params)[1], None)
+        return jax.lax.scan(step, tx.init(params), noise)[0]
+
+    state = state_after(1.0)
+    assert int(state.trips) == 0, guard_report(state)
+    state = state_after(1.5)
+    assert int(state.reason) == Reason.LARGE_UPDATE
+    assert 750 < int(state.first_step) < 770
+
+
 def test_bad_gradients_reach_neither_optimizer():
     """Skipping a step is the same as never having had it."""
     scale = ones(_30=jnp.nan, _50=1e8, _51=jnp.inf)
@@ -149,6 +179,60 @@ def test_a_new_size_of_gradients_is_accepted_in_the_end():
     _, state, _, _ = run(guarded_adam, PARAMS, scale)
     assert int(state.skipped) == 20 and int(state.rejected) == 0
     assert int(state.trips) == 0
+
+
+def test_huge_gradients_are_accepted_in_the_end():
+    """Their squares are not finite in float32, at once or behind usual ones."""
+    grads = {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}
+    tx = guard(optax.sgd(1e-30), optax.sgd(1e-30), patience=10)
+
+    @jax.jit
+    def state_after(scales):
+        def step(state, scale):
+            scaled = jax.tree.map(lambda g: scale * g, grads)
+            return tx.update(scaled, state, PARAMS)[1], state.grad_size
+
+        return jax.lax.scan(step, tx.init(PARAMS), scales)
+
+    size = 0.5 * np.log(15)
+    for before, huge in ((0, 1e20), (15, 1e20), (15, 3e37)):
+        scales = np.full(60, huge, np.float32)
+        scales[:before] = 1.0
+        state, _ = state_after(jnp.asarray(scales))
+        assert int(state.skipped) == 10 and int(state.rejected) == 0
+        np.testing.assert_allclose(state.grad_size, size + np.log(huge), rtol=1e-4)
+    # Of the new normal, a spike is one again; and from it there is a way back.
+    scales = np.full(200, 1e20, np.float32)
+    scales[30], scales[40] = 1e24, np.nan
+    scales[50:] = 1.0
+    state, sizes = state_after(jnp.asarray(scales))
+    assert int(state.skipped) == 12
+    np.testing.assert_allclose(sizes[50], size + np.log(1e20), rtol=1e-4)
+    assert sizes[-1] < 0.1 * sizes[50]
+
+
+def test_a_stall_is_told():
+    tx = guard(optax.sgd(0.1), patience=10)
+
+    @jax.jit
+    def state_after(grad, value):
+        def step(state, given):
+            value, grad = given
+            grads = jax.tree.map(lambda p: grad * p, PARAMS)
+            return tx.update(grads, state, PARAMS, value=value)[1], None
+
+        return jax.lax.scan(step, tx.init(PARAMS), (value, grad))[0]
+
+    bad = jnp.where(jnp.arange(30) < 5, 1.0, jnp.nan)
+    report = guard_report(state_after(bad, jnp.ones(30)))
+    assert report.startswith("The optimizer was in charge for all 30 steps")
+    assert "25 steps made no update" in report
+    assert report.endswith("The last 25 in a row are among them.")
+    state = state_after(jnp.ones(30), bad)
+    assert int(state.reason) == Reason.NON_FINITE_LOSS and int(state.skipped) == 25
+    report = guard_report(state)
+    assert "took over at step 14: the loss was not a finite number." in report
+    assert report.endswith("The last 25 in a row are among them.")
 
 
 def test_without_value_the_loss_is_not_watched():
@@ -318,7 +402,7 @@ def test_a_fresh_state_can_be_donated():
 
 
 @pytest.mark.parametrize(
-    "square", [online_guard._square_by_sums, online_guard._square_by_products]
+    "square", [square_norm.square_by_sums, square_norm.square_by_products]
 )
 def test_norms_are_those_of_numpy(square):
     # Below and above the sizes from which products take rows, with a rest and without.

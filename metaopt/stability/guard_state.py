@@ -17,6 +17,7 @@ class Reason(enum.IntEnum):
     LARGE_UPDATE = 2
     LOSS = 3
     COVERAGE = 4
+    NON_FINITE_LOSS = 5
 
 
 class GuardState(NamedTuple):
@@ -29,6 +30,8 @@ class GuardState(NamedTuple):
         active: whether the guarded optimizer is in charge, bool.
         grad_size: running mean of the logarithm of the gradient norm.
         update_size: the same of the guarded optimizer's update norm.
+        update_peak: square of the largest usual one of these norms, one that was not
+            far above the mean before it.
         updates_seen: updates in `update_size`, int32.
         loss: running mean of the loss.
         best: lowest running mean of the loss.
@@ -51,6 +54,7 @@ class GuardState(NamedTuple):
     active: jax.Array
     grad_size: jax.Array
     update_size: jax.Array
+    update_peak: jax.Array
     updates_seen: jax.Array
     loss: jax.Array
     best: jax.Array
@@ -77,6 +81,7 @@ def start(inner: chex.ArrayTree, backup: chex.ArrayTree) -> GuardState:
         active=jnp.array(True),
         grad_size=unknown,
         update_size=unknown,
+        update_peak=jnp.float32(0.0),
         updates_seen=zero,
         loss=unknown,
         best=unknown,
@@ -101,6 +106,7 @@ _WORDS = {
     Reason.NON_FINITE_UPDATE: "its update was not finite",
     Reason.LARGE_UPDATE: "its update was far larger than before",
     Reason.LOSS: "the loss stayed far above its best",
+    Reason.NON_FINITE_LOSS: "the loss was not a finite number",
     Reason.COVERAGE: "too many of its inputs were unlike those of healthy runs",
 }
 
@@ -127,6 +133,7 @@ def guard_report(state: Any) -> str:
 def _sentences(state: GuardState) -> str:
     field = lambda name: int(np.asarray(getattr(state, name)))
     steps, trips, skipped = field("step"), field("trips"), field("skipped")
+    rejected = field("rejected")
     said = []
     if not trips:
         said.append(
@@ -150,4 +157,6 @@ def _sentences(state: GuardState) -> str:
             f"{skipped} steps made no update, because a gradient or loss was not "
             "finite or a gradient was far too large."
         )
+    if rejected:
+        said.append(f"The last {rejected} in a row are among them.")
     return " ".join(said)

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,13 +9,14 @@ import optax
 from metaopt import validate
 from metaopt.stability.coverage import Coverage, generic_features, share_beyond
 from metaopt.stability.guard_state import Reason, start
+from metaopt.stability.square_norm import square_norm
 
 _MEAN_DECAY = 0.98
 _LOSS_FLOOR = 0.01
-# The length of the products that XLA adds up fastest on the CPU, and the size of a
-# tensor below which they are not worth a kernel of their own.
-_ROW = 256
-_SMALL = 1024
+_PEAK_FACTOR = 2.0
+# Logarithms of norms: above the first, gradients are scaled down to it before they are
+# squared, by the second where nothing is known of them. Squares of float32 end at 44.
+_LARGE, _LARGEST = 20.0, 50.0
 
 
 class _Rules(NamedTuple):
@@ -49,7 +49,8 @@ def guard(
 
     - is not finite,
     - is more than `update_factor` times its running geometric mean (from the tenth
-      update on),
+      update on), and more than twice the largest one that was not: at a warm restart
+      updates may grow back to what they were,
 
     and after `patience` steps in a row where
 
@@ -61,7 +62,8 @@ def guard(
     A gradient or loss that is not finite, and a gradient of more than `gradient_factor`
     times its running geometric mean, is shown to neither optimizer: that step makes no
     update. After `patience` such steps in a row a finite gradient counts as the new
-    normal. No update that is not finite ever leaves the guard.
+    normal; a loss that is not finite never does. No update that is not finite ever
+    leaves the guard, nor one whose norm is above 1e19: its square is not finite.
 
     The state of the fallback is kept warm by showing it every `refresh`-th gradient.
 
@@ -154,16 +156,16 @@ def _step(rules, pair, grads, state, params, extra):
         lambda: (jax.tree.map(jnp.zeros_like, params), state.inner),
     )
     # Outside of the branch: in it XLA would compute the updates in two passes.
-    reason, state = _judge(rules, state, _square(mine), watched)
+    reason, state = _judge(rules, state, square_norm(mine), watched)
     due = state.step % rules.refresh == 0
     # What the branches need not see cannot be copied for them.
     rest = state._replace(inner=())
 
     def rare():
-        found, state = reason, rest
+        found, state = _loss_reason(reason, extra.get("value")), rest
         if rules.coverage is not None:
             x = generic_features(grads, mine, params)
-            found, state = _judge_inputs(rules, rest, x, due, watched, reason)
+            found, state = _judge_inputs(rules, rest, x, due, watched, found)
         return _fall_back(lambda s: run(fallback, s), state, mine, accepted, found)
 
     updates, rest = jax.lax.cond(
@@ -190,7 +192,7 @@ def _fall_back(run, state, mine, accepted, reason):
     updates, backup = jax.lax.cond(
         accepted & ~state.active, lambda: run(warm), lambda: (mine, warm)
     )
-    allowed = accepted & jnp.isfinite(_square(updates))
+    allowed = accepted & jnp.isfinite(square_norm(updates))
     updates = jax.tree.map(lambda u: jnp.where(allowed, u, 0), updates)
     return updates, state._replace(
         backup=backup,
@@ -199,61 +201,30 @@ def _fall_back(run, state, mine, accepted, reason):
     )
 
 
-def _square_by_sums(tree: chex.ArrayTree) -> jax.Array:
-    """Returns the sum of squares `[]`; not finite if any element is not."""
-    leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(tree)]
-    # The small ones together: each sum of its own is several kernels.
-    small = [jnp.ravel(x) for x in leaves if x.size < _SMALL]
-    large = [x for x in leaves if x.size >= _SMALL]
-    parts = [jnp.concatenate(small), *large] if small else large
-    return sum((jnp.sum(x * x) for x in parts), jnp.float32(0.0))
-
-
-def _square_by_products(tree: chex.ArrayTree) -> jax.Array:
-    """Returns the same, by products with ones."""
-    parts = [jnp.zeros(1)]
-    for leaf in jax.tree.leaves(tree):
-        x = jnp.asarray(leaf, jnp.float32)
-        if x.ndim < 2 or x.size < _SMALL:
-            x = jnp.ravel(x)
-            whole = x.size // _SMALL * _SMALL
-            parts.append(x[whole:] ** 2)
-            x = x[:whole].reshape(-1, _ROW)
-        ones = jnp.ones(x.shape[-1])
-        parts.append(jnp.ravel(jnp.dot(x * x, ones, precision="highest")))
-    # Each barrier keeps XLA from fusing what is faster apart: the sums of the rows with
-    # their concatenation, and that with the last sum.
-    parts = jax.lax.optimization_barrier(parts)
-    return jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(parts)))
-
-
-# With JAX 0.10 XLA adds one by one on the CPU; with 0.11 and 0.12 it is the products
-# that are slow, by about four times (docs/speed.md).
-_square = _square_by_sums if jax.__version_info__ >= (0, 11) else _square_by_products
-
-
-def _log_mean(mean, square, use):
+def _log_mean(mean, size, use):
     """Moves a running mean of log norms; starts it at the first that is not zero."""
-    size = 0.5 * jnp.log(square)
     moved = jnp.where(
         jnp.isnan(mean), size, _MEAN_DECAY * mean + (1 - _MEAN_DECAY) * size
     )
-    return jnp.where(use & (square > 0), moved, mean)
+    return jnp.where(use & (size > -jnp.inf), moved, mean)
 
 
-def _above(square, mean, factor):
-    """Whether a norm is above `factor` times its running mean; not if none is known."""
-    return 0.5 * jnp.log(square) > mean + jnp.log(factor)
+def _above(size, mean, factor):
+    """Whether a log norm is far above its running mean; not if none is known."""
+    return size > mean + jnp.log(factor)
 
 
 def _watch_inputs(rules, state, grads, value):
     """Returns the state after a look at gradient and loss, and whether to use them."""
-    square = _square(grads)
-    finite = jnp.isfinite(square)
     # After a long time of rejection the old mean says nothing.
     outdated = state.rejected >= rules.patience
-    normal = ~_above(square, state.grad_size, rules.gradient_factor) | outdated
-    accepted = finite & normal
+    # Squares of finite gradients must be finite; the product is in the same pass.
+    down = jnp.where(outdated, _LARGEST, jnp.fmax(state.grad_size - _LARGE, 0.0))
+    scaled = lambda g: jnp.exp(-down) * jnp.asarray(g, jnp.float32)
+    size = 0.5 * jnp.log(square_norm(jax.tree.map(scaled, grads))) + down
+    normal = ~_above(size, state.grad_size, rules.gradient_factor) | outdated
+    # Minus infinity is a gradient of zero.
+    accepted = (size < jnp.inf) & normal
     if value is not None:
         value = jnp.asarray(value, jnp.float32)
         accepted &= jnp.isfinite(value)
@@ -273,7 +244,7 @@ def _watch_inputs(rules, state, grads, value):
             high=jnp.where(value <= limit, 0, state.high + 1),
         )
     mean = jnp.where(outdated, jnp.nan, state.grad_size)
-    mean = _log_mean(jnp.where(accepted, mean, state.grad_size), square, accepted)
+    mean = _log_mean(jnp.where(accepted, mean, state.grad_size), size, accepted)
     rejected = jnp.where(accepted, 0, state.rejected + 1)
     return state._replace(grad_size=mean, rejected=rejected), accepted
 
@@ -284,7 +255,11 @@ def _judge(rules, state, square, watched):
     `square` is that of the updates of the guarded optimizer.
     """
     known = state.updates_seen >= 10
-    large = known & _above(square, state.update_size, rules.update_factor)
+    size = 0.5 * jnp.log(square)
+    unusual = _above(size, state.update_size, rules.update_factor)
+    # Without the peak it would trip at each restart of a learning rate; with one that
+    # follows unusual updates it would never trip at exponential growth.
+    large = known & unusual & (square > _PEAK_FACTOR**2 * state.update_peak)
     found = (
         (state.active & (state.high >= rules.patience), Reason.LOSS),
         (watched & large, Reason.LARGE_UPDATE),
@@ -294,10 +269,20 @@ def _judge(rules, state, square, watched):
     for broken, code in found:
         reason = jnp.where(broken, code, reason)
     moved = watched & (square > 0)
+    peak = jnp.where(watched & ~unusual, square, 0.0)
     return reason, state._replace(
-        update_size=_log_mean(state.update_size, square, watched),
+        update_size=_log_mean(state.update_size, size, watched),
+        update_peak=jnp.maximum(state.update_peak, peak),
         updates_seen=state.updates_seen + moved.astype(jnp.int32),
     )
+
+
+def _loss_reason(reason, value):
+    """Returns the same, with a reason of its own for a loss that is not finite."""
+    if value is None:
+        return reason
+    missing = (reason == Reason.LOSS) & ~jnp.isfinite(jnp.asarray(value, jnp.float32))
+    return jnp.where(missing, Reason.NON_FINITE_LOSS, reason)
 
 
 def _judge_inputs(rules, state, x, due, watched, reason):
@@ -335,6 +320,7 @@ def _return(state, due, tx, params):
             active=jnp.array(True),
             resting=zero,
             update_size=jnp.float32(jnp.nan),
+            update_peak=jnp.float32(0.0),
             updates_seen=zero,
             best=state.loss,
             high=zero,
