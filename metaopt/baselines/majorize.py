@@ -179,7 +179,7 @@ def _integer_pow(eqn, values, radius):
 
 
 def _one_minus_square(eqn, values, radius):
-    """`1 - x**2`, of which JAX from 0.12 on makes the derivative of tanh."""
+    """`1 - x**2`, as JAX 0.12 writes the derivative of tanh."""
     (x,) = values
     square = _function(lambda c, a, b: remainders.power(c, a, b, 2), x, radius)
     result = enclosure.negative(square)
