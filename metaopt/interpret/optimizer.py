@@ -116,16 +116,15 @@ def examine(
     late = hidden[:, num_steps // 2 :]
     late = late.reshape(int(np.prod(late.shape[:-1])), late.shape[-1])
     visited = late[np.linspace(0, len(late) - 1, 24).astype(int)]
-    starts = np.concatenate([cell.start[None], visited])
+    states = np.concatenate([cell.start[None], visited])
     gradients = np.asarray(runs.gradients)[:, num_steps // 2 :]
     density, edges = gradient_histogram(gradients)
     grid = np.linspace(edges[0], edges[-1], 81)
-    states = np.concatenate([np.asarray(cell.start)[None], visited])
     functions = update_functions(cell, states, grid)
     if not np.any(functions[1:]):
         cell = standing_at(cell, num_steps // 2)
         functions = update_functions(cell, states, grid)
-    rest = fixed_points(cell, jnp.asarray(starts))
+    rest = fixed_points(cell, jnp.asarray(states))
     linear = tuple(linearise(cell, h) for h in rest.points)
     components = principal_components(hidden)
     middle = rest.points[0] if len(rest.points) else components.mean
