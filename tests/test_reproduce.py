@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,27 @@ def test_command_writes_what_it_shows(tmp_path, monkeypatch, capsys):
     assert written["tables"] == {"T": [{"rule": "x", "loss": None}]}
     assert written["info"]["paper"] == "star"
     assert "report.json" in capsys.readouterr().out
+
+
+def test_no_report_takes_the_place_of_another(tmp_path, monkeypatch):
+    report = {"claim": "a", "paper": "b", "ours": "c", "tables": {}}
+    for name in ("star", "chaos"):
+        module = importlib.import_module(command.PAPERS[name][1])
+        monkeypatch.setattr(module, "main", lambda out, full: report)
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["star"], ["star"], ["star", "--full"]):
+        assert command.main(arguments) == 0
+    kept = sorted(str(p.parent) for p in (tmp_path / "runs").glob("*/report.json"))
+    assert [pathlib.Path(p).name for p in kept] == [
+        "reproduce-star",
+        "reproduce-star-full",
+    ]
+    for arguments in (["chaos"], ["star"]):
+        with pytest.raises(CommandError, match=r"reproduce star --full.*--out"):
+            command.main([*arguments, "--out", kept[1]])
+    (pathlib.Path(kept[0]) / "report.json").write_text("{")
+    with pytest.raises(CommandError, match="cannot be read"):
+        command.main(["star"])
 
 
 def test_gaps_of_gradient_descent_on_the_sphere():

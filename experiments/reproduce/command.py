@@ -133,7 +133,9 @@ def main(arguments: list[str]) -> int:
 
     from experiments import options
 
-    default = Launch(out=pathlib.Path("runs", f"reproduce-{name}"))
+    # Kept results of the two sizes may have the same names.
+    size = "-full" if "--full" in rest else ""
+    default = Launch(out=pathlib.Path("runs", f"reproduce-{name}{size}"))
     launch = options.parse(default, rest, command=f"{_COMMAND} {name}")
     console.check_matplotlib()
     return _run(name, launch)
@@ -146,6 +148,7 @@ def _run(name: str, launch: Launch) -> int:
     module = importlib.import_module(PAPERS[name][1])
     started = time.monotonic()
     path = launch.out / "report.json"
+    _refuse_another(path, name, launch.full)
     with writing(launch.out):
         launch.out.mkdir(parents=True, exist_ok=True)
         report = module.main(launch.out, launch.full)
@@ -161,6 +164,23 @@ def _run(name: str, launch: Launch) -> int:
     plots = sorted(p.name for p in launch.out.glob("*.png"))
     print(f"Wrote {path}" + (f" and {', '.join(plots)}." if plots else "."))
     return 0
+
+
+def _refuse_another(path: pathlib.Path, name: str, full: bool) -> None:
+    """Raises a CommandError if a report of another paper or size would be lost."""
+    try:
+        info = json.loads(path.read_text())["info"]
+        there = info["paper"], info["full"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise console.CommandError(f"{path} cannot be read: {error!r}.") from error
+    if there != (name, full):
+        command = f"{there[0]} --full" if there[1] else there[0]
+        raise console.CommandError(
+            f"{path} is the report of `reproduce {command}`: choose another folder "
+            "with --out."
+        )
 
 
 def _show(report: dict[str, Any]) -> None:
