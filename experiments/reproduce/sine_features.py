@@ -252,4 +252,5 @@ def _draw(path: pathlib.Path, courses: dict[tuple[str, str, int], Course]) -> No
                         )
             title = f"sine waves as in the {family}"
             axis.set(title=title, xlabel="steps of training", yscale="log")
+            axis.set_ylabel("half squared error")
             axis.legend(frameon=False)

@@ -74,10 +74,11 @@ def _outside(axes, outside) -> None:
         for style, (kind, losses) in zip(("-", "--"), pair.items(), strict=True):
             axis.plot(scales, losses, style, label=kind, linewidth=2)
         axis.set(title=name, xlabel="scale", ylabel="loss over that of the answer 0")
-        if max(max(losses) for losses in pair.values()) > 10:
+        highest = max(max(losses) for losses in pair.values())
+        if highest > 10:
             axis.set_yscale("log")
         else:
-            axis.set_ylim(0, None)
+            axis.set_ylim(0, 1.1 * highest)
         axis.legend(frameon=False)
 
 
@@ -94,7 +95,7 @@ def _rolled(axis, rolled) -> None:
         )
     axis.set(title="one layer, again and again", xlabel="times", ylabel="loss")
     axis.set_yscale("log")
-    axis.legend(frameon=False, fontsize=7)
+    axis.legend(frameon=False, fontsize=7, loc="lower left")
 
 
 def _between(axis, between) -> None:
