@@ -95,7 +95,9 @@ def _rolled(axis, rolled) -> None:
         )
     axis.set(title="one layer, again and again", xlabel="times", ylabel="loss")
     axis.set_yscale("log")
-    axis.legend(frameon=False, fontsize=7, loc="lower left")
+    # Room for the legend.
+    axis.set_ylim(None, 5 * axis.get_ylim()[1])
+    axis.legend(frameon=False, fontsize=7, loc="upper left", ncols=2)
 
 
 def _between(axis, between) -> None:
