@@ -52,21 +52,26 @@ def main(arguments: list[str]) -> int:
 
 def _run(name: str, launch: Any, command: str) -> int:
     from experiments.console import CommandError
+    from experiments.fewshot_report import spread
+    from experiments.rivals import tested
     from experiments.run import RunDirectory, writing
     from metaopt.registry import to_config
 
     config, out = launch.config, launch.out
+    # Of the test: some families have other data there.
+    family = tested(config.family)
+    counts = config.num_examples or spread(family.num_examples)
     fixed = {k: v for k, v in to_config(config).items() if k not in _GROWING}
     record = {"command": "compare-fewshot", "family": name, "config": fixed}
     try:
-        data = config.family.load()
+        data = dataclasses.replace(family, num_examples=max(counts)).load()
     except (ValueError, ImportError) as error:
         raise CommandError(str(error)) from error
     folder = RunDirectory(out, record, resume=(out / "config.json").exists())
     started = time.monotonic()
     with writing(out):
         facts = folder.record_start()
-        results, trained = _measure_all(config, out, data)
+        results, trained = _measure_all(config, family, counts, out, data)
         info = {
             "family": name,
             "command": command,
@@ -78,18 +83,14 @@ def _run(name: str, launch: Any, command: str) -> int:
     return 0
 
 
-def _measure_all(config, out, data):
+def _measure_all(config, family, counts, out, data):
     """Measures every predictor that has not been; returns results and table rows."""
     import jax
     import numpy as np
 
-    from experiments.fewshot_report import spread
     from experiments.reproduce.course import kept
-    from experiments.rivals import tested
     from metaopt.fewshot import Comparison, compare
 
-    family = tested(config.family)
-    counts = config.num_examples or spread(config.family.num_examples)
     key = jax.random.fold_in(jax.random.key(config.seed), 1_000_000_009)
     (out / "results").mkdir(exist_ok=True)
     trained: list[dict[str, Any]] = []

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import metaopt.fewshot
 from experiments import in_context_presets, options
 from experiments.__main__ import main
 from experiments.compare_fewshot_presets import COMPARE_FEWSHOT
@@ -18,6 +19,7 @@ from metaopt.fewshot import InContext, Network, TrainFromScratch
 from metaopt.optimizers import Fixed, Hyper
 from metaopt.registry import COMPONENTS, to_config
 from metaopt.weights import load_weights, save_weights
+from tasks import data as datasets
 from tasks.function_families import CLASSES, family
 from tests.test_experiments import ROOT, metric_steps, wait_for
 
@@ -182,6 +184,25 @@ def test_everything_stands_in_one_table_and_is_measured_once(
     words[words.index("maml") : words.index("maml") + 1] = []
     assert main([*words, "--weights", weights]) == 2
     assert "up to 3 examples" in capsys.readouterr().err
+
+
+def test_projected_images_of_the_test_are_those_that_training_left_out(
+    tmp_path, monkeypatch
+):
+    pools, measure = [], metaopt.fewshot.compare
+
+    def spy(*arguments, data, **options):
+        pools.append(np.asarray(data.x))
+        return measure(*arguments, data=data, **options)
+
+    monkeypatch.setattr(metaopt.fewshot, "compare", spy)
+    words = "--learners --optimizers --num-examples 3 --num-episodes 4"
+    out = ["--out", str(tmp_path / "x")]
+    assert main(["compare-fewshot", "projected-digits", *words.split(), *out]) == 0
+    left_out = datasets.load("digits").test.x.reshape(-1, 64)
+    assert pools
+    for pool in pools:
+        np.testing.assert_array_equal(pool, left_out)
 
 
 def test_the_best_rate_is_that_of_least_error():
