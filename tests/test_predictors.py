@@ -373,6 +373,8 @@ def test_operations_are_counted():
         (lambda: TrainFromScratch(Network(), "adam"), "optimizer must be a Learned"),
         (lambda: compare(Linear(), {}, [], KEY), "num_examples must name"),
         (lambda: compare(Linear(), {}, [0], KEY), "must be at least 1"),
+        # A class of the digits has 174 images at least, others have more.
+        (lambda: compare(ImageEpisodes(), {}, [175 * 5], KEY), "more images than"),
     ],
 )
 def test_bad_input_is_named(build, message):

@@ -98,8 +98,8 @@ def compare(
     validate.integer("num_episodes", num_episodes)
     if not num_examples:
         raise ValueError("num_examples must name at least one number, got none.")
-    data = family.load() if data is None else data
     largest = dataclasses.replace(family, num_examples=max(num_examples))
+    data = largest.load() if data is None else data
     episode_key, predictor_key = jax.random.split(key)
     draw = jax.vmap(functools.partial(draw_episode, largest), in_axes=(None, 0))
     episodes = jax.jit(draw)(data, jax.random.split(episode_key, num_episodes))
