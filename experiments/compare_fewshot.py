@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments import backend, console
 from experiments.compare_fewshot_presets import COMPARE_FEWSHOT
@@ -15,8 +15,22 @@ from experiments.compare_fewshot_presets import COMPARE_FEWSHOT
 _COMMAND = "python -m experiments compare-fewshot"
 # What a folder keeps results of side by side; all else must be the same.
 _GROWING = ("learners", "optimizers", "weights")
-# How a table calls a predictor, what makes it, on how many functions it is tried.
-_Entry = tuple[str, Callable[[], Any], int]
+
+
+class _Entry(NamedTuple):
+    """A predictor that is to be measured.
+
+    Attributes:
+        label: how a table calls it.
+        mark: what else than its label tells its results from others in the folder.
+        make: makes it.
+        episodes: on how many functions it is tried.
+    """
+
+    label: str
+    mark: str
+    make: Callable[[], Any]
+    episodes: int
 
 
 def usage() -> str:
@@ -94,12 +108,10 @@ def _measure_all(config, family, counts, out, data):
     key = jax.random.fold_in(jax.random.key(config.seed), 1_000_000_009)
     (out / "results").mkdir(exist_ok=True)
     trained: list[dict[str, Any]] = []
-    entries = [
-        *_meta_trained(config, out, trained),
-        *_others(config, family, max(counts), data),
-    ]
+    # First, because a name or a file that is wrong ends it.
+    others = _others(config, family, max(counts), data)
     results = {}
-    for label, make, episodes in entries:
+    for label, mark, make, episodes in [*_meta_trained(config, out, trained), *others]:
 
         def run(label=label, make=make, episodes=episodes):
             print(f"Measuring {label}.", flush=True)
@@ -113,7 +125,7 @@ def _measure_all(config, family, counts, out, data):
             }
 
         slug = label.replace("/", "-").replace(" ", "-").replace(",", "")
-        arrays = kept(out / "results" / f"{slug}.npz", run)
+        arrays = kept(out / "results" / f"{slug}-{mark}.npz", run)
         result = Comparison(**arrays)
         unknown = np.isnan(arrays["flops"]).all()
         results[label] = result._replace(flops=None) if unknown else result
@@ -145,7 +157,8 @@ def _meta_trained(config, out, rows) -> list[_Entry]:
             }
         )
         make = functools.partial(learner.predictor, run.theta)
-        entries.append((name, make, config.num_episodes))
+        mark = fewshot_contenders.mark(learner, run.theta)
+        entries.append(_Entry(name, mark, make, config.num_episodes))
     return entries
 
 
@@ -159,14 +172,16 @@ def _others(config, family, largest, data) -> list[_Entry]:
         learner, theta = fewshot_contenders.loaded(path, family, largest)
         make = functools.partial(learner.predictor, theta)
         label = fewshot_contenders.file_label(path)
-        entries.append((label, make, config.num_episodes))
-    scratch = dataclasses.replace(family, num_examples=largest)
+        mark = fewshot_contenders.mark(learner, theta)
+        entries.append(_Entry(label, mark, make, config.num_episodes))
+    tuning = dataclasses.replace(family, num_examples=largest)
     for name in config.optimizers:
+        scratch = fewshot_contenders.scratch(name, config)
         make = functools.partial(
-            fewshot_contenders.from_scratch, name, config, scratch, data
+            fewshot_contenders.from_scratch, scratch, tuning, data, config.seed
         )
-        label = f"from scratch, {pathlib.Path(name).stem}"
-        entries.append((label, make, config.num_episodes))
+        mark = fewshot_contenders.mark(fewshot_contenders.RATES, scratch)
+        entries.append(_Entry(scratch.label, mark, make, config.num_episodes))
     classical = rivals(family)
     for found, episodes in (
         (classical.traced, config.num_episodes),
@@ -174,7 +189,8 @@ def _others(config, family, largest, data) -> list[_Entry]:
     ):
         for name, predictor in found.items():
             make = functools.partial(lambda predictor: predictor, predictor)
-            entries.append((name, make, episodes))
+            mark = fewshot_contenders.mark(predictor)
+            entries.append(_Entry(name, mark, make, episodes))
     return entries
 
 

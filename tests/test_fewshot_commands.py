@@ -1,11 +1,13 @@
 """The commands `in-context` and `compare-fewshot`, at tiny sizes."""
 
+import dataclasses
 import json
 import signal
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,8 +16,9 @@ from experiments import in_context_presets, options
 from experiments.__main__ import main
 from experiments.compare_fewshot_presets import COMPARE_FEWSHOT
 from experiments.fewshot_contenders import LEARNERS, best_rate, plan
+from experiments.fewshot_contenders import mark as marked
 from metaopt import checkpoint
-from metaopt.fewshot import InContext, Network, TrainFromScratch
+from metaopt.fewshot import MAML, InContext, Network, TrainFromScratch
 from metaopt.optimizers import Fixed, Hyper
 from metaopt.registry import COMPONENTS, to_config
 from metaopt.weights import load_weights, save_weights
@@ -203,6 +206,58 @@ def test_projected_images_of_the_test_are_those_that_training_left_out(
     assert pools
     for pool in pools:
         np.testing.assert_array_equal(pool, left_out)
+
+
+def test_files_of_one_name_are_told_apart_and_measured_anew_once_changed(
+    tmp_path, capsys
+):
+    paths = [tmp_path / name / "theta.safetensors" for name in ("a", "b")]
+
+    def save(path, rate):
+        path.parent.mkdir(exist_ok=True)
+        save_weights(path, (), Fixed("sgd", (("learning_rate", rate),)))
+
+    def errors():
+        words = ["compare-fewshot", "linear", *SMALL.split(), "--learners"]
+        words += ["--optimizers", *map(str, paths), "--out", str(tmp_path / "out")]
+        assert main(words) == 0
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        found = report["results"].items()
+        return [each["mean"][0] for name, each in found if "scratch" in name]
+
+    for path, rate in zip(paths, (1e-6, 0.1), strict=True):
+        save(path, rate)
+    still, trained = errors()
+    assert still != trained
+    capsys.readouterr()
+    assert errors() == [still, trained]
+    assert "Measuring" not in capsys.readouterr().out
+    save(paths[0], 0.1)
+    assert errors() == [trained, trained]
+
+
+def test_a_mark_is_that_of_what_it_is_made_of():
+    other = marked({"w": jnp.zeros(2)}, MAML(family("sinusoid"), Network()))
+    assert other == marked({"w": jnp.zeros(2)}, MAML(family("sinusoid"), Network()))
+    assert other != marked({"w": jnp.ones(2)}, MAML(family("sinusoid"), Network()))
+    assert other != marked({"w": jnp.zeros(2)}, MAML(family("sinusoid"), Network(), 2))
+    # Of a predictor with settings inside, the settings: no place in memory.
+    model = Network(widths=(3,))
+    adam = lambda rate: Fixed("adam", (("learning_rate", rate),))
+    predict = lambda rate: TrainFromScratch(model, adam(rate)).predictor()
+    assert marked(predict(0.1)) == marked(predict(0.1)) != marked(predict(0.2))
+
+
+def test_what_cannot_be_done_is_told_before_anything_is_trained(tmp_path, capsys):
+    words = ["compare-fewshot", "linear", *SMALL.split(), "--out", str(tmp_path / "x")]
+    assert main([*words, "--learners", "maml", "--optimizers", "adma"]) == 2
+    assert "adam" in capsys.readouterr().err
+    assert not (tmp_path / "x" / "training").exists()
+    config = COMPARE_FEWSHOT["linear"].build()
+    for learners in (("transformer",), ("maml", "lstm")):
+        with pytest.raises(ValueError, match=r"got 11 of family\.num_examples=10"):
+            dataclasses.replace(config, learners=learners, num_examples=(3, 11))
+    dataclasses.replace(config, learners=("maml",), num_examples=(3, 11))
 
 
 def test_the_best_rate_is_that_of_least_error():
