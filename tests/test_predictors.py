@@ -328,6 +328,10 @@ def test_divergence_is_not_hidden():
     predictors = {"far": GradientDescent(200, 100.0), "near": Averaging()}
     far, near = compare(Linear(dim=3), predictors, [4], KEY, num_episodes=5).values()
     assert not np.isfinite(far.mean).any() and np.isfinite(near.mean).all()
+    # Of classes, what is NaN is no guess: never right.
+    lost = lambda x, y, x_query, key: jnp.full((len(x_query), 5), jnp.nan)
+    images = compare(ImageEpisodes(), {"lost": lost}, [5], KEY, num_episodes=5)
+    np.testing.assert_array_equal(images["lost"].errors, 1.0)
 
 
 def test_comparison_on_images():

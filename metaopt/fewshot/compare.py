@@ -30,8 +30,8 @@ class Comparison(NamedTuple):
 
     Attributes:
         num_examples: examples that the predictor saw, `[k]` int.
-        errors: mean error over the questions of each episode, `[k, episodes]`; not
-            finite where the predictor diverged.
+        errors: mean error over the questions of each episode, `[k, episodes]`; where
+            the predictor diverged not finite, or of classes 1.
         mean: mean over the episodes, `[k]`.
         median: median over the episodes, `[k]`.
         low: lower end of the 90% bootstrap interval of the mean, `[k]`.
