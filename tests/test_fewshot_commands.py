@@ -15,8 +15,10 @@ import metaopt.fewshot
 from experiments import in_context_presets, options
 from experiments.__main__ import main
 from experiments.compare_fewshot_presets import COMPARE_FEWSHOT
+from experiments.config import FewShotEvaluation
 from experiments.fewshot_contenders import LEARNERS, best_rate, plan
 from experiments.fewshot_contenders import mark as marked
+from experiments.fewshot_report import evaluate
 from metaopt import checkpoint
 from metaopt.fewshot import MAML, InContext, Network, TrainFromScratch
 from metaopt.optimizers import Fixed, Hyper
@@ -274,13 +276,29 @@ def test_the_best_rate_is_that_of_least_error():
         (["compare-fewshot", "linear", "--weights", "no/such"], "no/such"),
         (["compare-fewshot", "linear", "--optimizers", "adma"], "adam"),
         (["in-context", "linear-toi"], "Did you mean 'linear-toy'"),
+        (["compare-fewshot", "linear", "--num-episodes", "0"], "must be at least 1"),
+        (
+            ["compare-fewshot", "digits", "--family.train-classes", "9"],
+            "way must not exceed the classes of split='test'",
+        ),
     ],
 )
 def test_mistakes_are_named(words, message, tmp_path, capsys):
     more = ["--out", str(tmp_path / "x")] if len(words) > 2 else []
     learners = ["--learners"] if len(words) > 2 else []
-    assert main([*words, *learners, *more]) == 2
+    # What only the data tell comes after the options.
+    assert main([*words, *learners, *more]) == (1 if "digits" in words else 2)
     assert message in capsys.readouterr().err
+
+
+def test_too_few_classes_are_left_for_a_test_of_unseen_ones(capsys):
+    config = in_context_presets.IN_CONTEXT["digits-episodes"].build()
+    images = dataclasses.replace(config.learner.family, train_classes=9, num_examples=4)
+    learner = dataclasses.replace(config.learner, family=images)
+    theta = learner.init_theta(jax.random.key(0))
+    few = FewShotEvaluation(num_examples=(2,), num_episodes=4)
+    assert set(evaluate(learner, theta, few, 0)) == {"as trained"}
+    assert "Left out: unseen classes. way must not" in capsys.readouterr().out
 
 
 def test_help_lists_families_and_imports_no_jax():
