@@ -78,6 +78,8 @@ def _run(name: str, launch: Any, command: str) -> int:
     fixed = {k: v for k, v in to_config(config).items() if k not in _GROWING}
     record = {"command": "compare-fewshot", "family": name, "config": fixed}
     try:
+        if config.learners:
+            config.family.load()
         data = dataclasses.replace(family, num_examples=max(counts)).load()
     except (ValueError, ImportError) as error:
         raise CommandError(str(error)) from error
@@ -138,12 +140,14 @@ def _meta_trained(config, out, rows) -> list[_Entry]:
     import numpy as np
 
     from experiments import fewshot_contenders
+    from experiments.reproduce.command import jsonable
+    from metaopt.fewshot import InContext
     from metaopt.weights import save_weights
 
     entries: list[_Entry] = []
     for name in config.learners:
         learner, run = fewshot_contenders.meta_trained(name, config, out / "training")
-        last = float(run.loss[0, -1])
+        last = jsonable(float(run.loss[0, -1]))
         info = {"outer steps": config.meta_steps, "meta-loss": last}
         save_weights(out / f"{name}.safetensors", run.theta, learner, info=info)
         size = sum(np.size(leaf) for leaf in jax.tree.leaves(run.theta))
@@ -151,6 +155,9 @@ def _meta_trained(config, out, rows) -> list[_Entry]:
             {
                 "learner": name,
                 "parameters": size,
+                "numbers remembered of a prompt": learner.state_size
+                if isinstance(learner, InContext)
+                else None,
                 "outer steps": config.meta_steps,
                 "seconds": float(run.seconds),
                 "meta-loss at the end": last,
@@ -220,7 +227,8 @@ def _report(config, out, results, trained, info) -> None:
         title=f"{info['family']}: learning from a few examples",
         text=[
             "The error of every predictor by the number of examples that it sees, on "
-            f"{config.num_episodes} functions that nothing was trained on; time and "
+            f"{config.num_episodes} functions that nothing was trained on (of those "
+            f"without FLOPs, which run one by one, {config.host_episodes}); time and "
             "floating-point operations of one episode with all examples."
         ],
         tables=tables,

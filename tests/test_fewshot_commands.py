@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import metaopt.fewshot
-from experiments import in_context_presets, options
+from experiments import fewshot_contenders, in_context_presets, options
 from experiments.__main__ import main
 from experiments.compare_fewshot_presets import COMPARE_FEWSHOT
 from experiments.config import FewShotEvaluation
@@ -172,6 +172,7 @@ def test_everything_stands_in_one_table_and_is_measured_once(
         assert len(result["mean"]) == len(result["seconds"]) == 1
         assert result["flops"][0] > 0
     assert [row["learner"] for row in report["trained"]] == ["maml"]
+    assert report["trained"][0]["numbers remembered of a prompt"] is None
     path = folder / "maml.safetensors"
     learner, _ = load_weights(path, classes=COMPONENTS | CLASSES)
     assert type(learner).__name__ == "MAML"
@@ -238,6 +239,23 @@ def test_files_of_one_name_are_told_apart_and_measured_anew_once_changed(
     assert errors() == [trained, trained]
 
 
+def test_a_loss_that_is_not_finite_is_no_number_in_the_report(tmp_path, monkeypatch):
+    train = fewshot_contenders.meta_trained
+
+    def without_loss(*arguments):
+        learner, run = train(*arguments)
+        return learner, run._replace(loss=np.full_like(run.loss, np.nan))
+
+    monkeypatch.setattr(fewshot_contenders, "meta_trained", without_loss)
+    words = ["compare-fewshot", "linear", *SMALL.split(), "--learners", "lstm"]
+    assert main([*words, "--optimizers", "--out", str(tmp_path / "x")]) == 0
+    report = json.loads((tmp_path / "x" / "report.json").read_text())
+    (row,) = report["trained"]
+    assert row["meta-loss at the end"] is None
+    # State and cell of 64 units.
+    assert row["numbers remembered of a prompt"] == 128
+
+
 def test_a_mark_is_that_of_what_it_is_made_of():
     other = marked({"w": jnp.zeros(2)}, MAML(family("sinusoid"), Network()))
     assert other == marked({"w": jnp.zeros(2)}, MAML(family("sinusoid"), Network()))
@@ -281,11 +299,15 @@ def test_the_best_rate_is_that_of_least_error():
             ["compare-fewshot", "digits", "--family.train-classes", "9"],
             "way must not exceed the classes of split='test'",
         ),
+        (
+            ["compare-fewshot", "digits", "--family.train-classes", "1"],
+            "way must not exceed the classes of split='train'",
+        ),
     ],
 )
 def test_mistakes_are_named(words, message, tmp_path, capsys):
     more = ["--out", str(tmp_path / "x")] if len(words) > 2 else []
-    learners = ["--learners"] if len(words) > 2 else []
+    learners = ["--learners", *["maml"] * ("digits" in words)] if more else []
     # What only the data tell comes after the options.
     assert main([*words, *learners, *more]) == (1 if "digits" in words else 2)
     assert message in capsys.readouterr().err
