@@ -140,6 +140,7 @@ def _meta_trained(config, out, rows) -> list[_Entry]:
     import numpy as np
 
     from experiments import fewshot_contenders
+    from experiments.reproduce import course
     from experiments.reproduce.command import jsonable
     from metaopt.fewshot import InContext
     from metaopt.weights import save_weights
@@ -164,7 +165,7 @@ def _meta_trained(config, out, rows) -> list[_Entry]:
             }
         )
         make = functools.partial(learner.predictor, run.theta)
-        mark = fewshot_contenders.mark(learner, run.theta)
+        mark = course.mark(learner, run.theta)
         entries.append(_Entry(name, mark, make, config.num_episodes))
     return entries
 
@@ -172,6 +173,7 @@ def _meta_trained(config, out, rows) -> list[_Entry]:
 def _others(config, family, largest, data) -> list[_Entry]:
     """Returns the learners of files, training from scratch, classical predictors."""
     from experiments import fewshot_contenders
+    from experiments.reproduce import course
     from experiments.rivals import rivals
 
     entries: list[_Entry] = []
@@ -179,7 +181,7 @@ def _others(config, family, largest, data) -> list[_Entry]:
         learner, theta = fewshot_contenders.loaded(path, family, largest)
         make = functools.partial(learner.predictor, theta)
         label = fewshot_contenders.file_label(path)
-        mark = fewshot_contenders.mark(learner, theta)
+        mark = course.mark(learner, theta)
         entries.append(_Entry(label, mark, make, config.num_episodes))
     tuning = dataclasses.replace(family, num_examples=largest)
     for name in config.optimizers:
@@ -187,7 +189,7 @@ def _others(config, family, largest, data) -> list[_Entry]:
         make = functools.partial(
             fewshot_contenders.from_scratch, scratch, tuning, data, config.seed
         )
-        mark = fewshot_contenders.mark(fewshot_contenders.RATES, scratch)
+        mark = course.mark(fewshot_contenders.RATES, scratch)
         entries.append(_Entry(scratch.label, mark, make, config.num_episodes))
     classical = rivals(family)
     for found, episodes in (
@@ -196,7 +198,7 @@ def _others(config, family, largest, data) -> list[_Entry]:
     ):
         for name, predictor in found.items():
             make = functools.partial(lambda predictor: predictor, predictor)
-            mark = fewshot_contenders.mark(predictor)
+            mark = course.mark(predictor)
             entries.append(_Entry(name, mark, make, episodes))
     return entries
 

@@ -216,20 +216,6 @@ def file_label(path: str) -> str:
     return f"{pathlib.Path(path).parent.name}/{pathlib.Path(path).stem} {digest}"
 
 
-def mark(*parts: Any) -> str:
-    """Returns eight letters that tell what a predictor is made of from anything else.
-
-    Args:
-        *parts: pytrees of arrays, and components, whose text names all their fields.
-    """
-    leaves, structure = jax.tree.flatten(parts)
-    digest = hashlib.sha256(str(structure).encode())
-    for leaf in leaves:
-        array = isinstance(leaf, jax.Array | np.ndarray)
-        digest.update(np.asarray(leaf).tobytes() if array else repr(leaf).encode())
-    return digest.hexdigest()[:8]
-
-
 class Scratch(NamedTuple):
     """An optimizer that trains the model anew in every episode.
 

@@ -17,8 +17,8 @@ from experiments.__main__ import main
 from experiments.compare_fewshot_presets import COMPARE_FEWSHOT
 from experiments.config import FewShotEvaluation
 from experiments.fewshot_contenders import LEARNERS, best_rate, plan
-from experiments.fewshot_contenders import mark as marked
 from experiments.fewshot_report import evaluate
+from experiments.reproduce.course import mark as marked
 from metaopt import checkpoint
 from metaopt.fewshot import MAML, InContext, Network, TrainFromScratch
 from metaopt.optimizers import Fixed, Hyper

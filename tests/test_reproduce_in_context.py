@@ -60,6 +60,12 @@ def test_akyurek_runs_and_reads_what_it_has_trained(tmp_path, monkeypatch):
     again = lambda *_: pytest.fail("probed again")
     monkeypatch.setattr(akyurek, "probed", again)
     assert akyurek.main(tmp_path, full=False)["tables"] == report["tables"]
+    # What another probe reads was not measured.
+    other = tiny._replace(probe=Probe(hidden=4, steps=6))
+    with monkeypatch.context() as changed:
+        changed.setattr(akyurek, "SMALL", other)
+        with pytest.raises(pytest.fail.Exception, match="probed again"):
+            akyurek.main(tmp_path, full=False)
     (depth,) = report["tables"]["Mean squared difference by depth, no noise"]
     assert depth["strength"] in akyurek.STRENGTHS
     # Before it has learned anything the model predicts zeros: a step of rate zero.
