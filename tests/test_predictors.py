@@ -271,16 +271,18 @@ def test_error_curves_of_linear_regression():
     assert exactly.max() < 1e-8
 
 
-@pytest.mark.parametrize("noise", [1 / 3, 1.0])
-def test_the_bayes_ridge_is_the_best_ridge(noise):
+@pytest.mark.parametrize(
+    ("noise", "weight_std"), [(1 / 3, 1.0), (1.0, 1.0), (0.5, 1.5)]
+)
+def test_the_bayes_ridge_is_the_best_ridge(noise, weight_std):
     strengths = [1 / 9, 1 / 3, 1.0]
-    predictors = {s: Ridge(s) for s in strengths} | {"bayes": bayes_ridge(noise)}
-    results = compare(
-        Linear(dim=8, noise=noise), predictors, [8], KEY, num_episodes=8000
-    )
+    bayes = bayes_ridge(noise, weight_std)
+    predictors = {s: Ridge(s) for s in strengths} | {"bayes": bayes}
+    noisy = Linear(dim=8, noise=noise, weight_std=weight_std)
+    results = compare(noisy, predictors, [8], KEY, num_episodes=8000)
     risk = {name: result.mean[0] for name, result in results.items()}
     best = min(strengths, key=risk.get)
-    assert abs(best - noise**2) < 1e-6
+    assert abs(best - noise**2 / weight_std**2) < 1e-6
     np.testing.assert_allclose(risk["bayes"], risk[best], rtol=1e-5)
 
 
