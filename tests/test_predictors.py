@@ -336,6 +336,20 @@ def test_divergence_is_not_hidden():
     np.testing.assert_array_equal(images["lost"].errors, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("family", "answers", "message"),
+    [
+        (Linear(dim=3), (10, 1), r"must answer with the shape \(10,\) of the"),
+        (Linear(dim=3), (), r"predictors\['odd'\] must answer"),
+        (ImageEpisodes(), (10,), r"the shape \(10, 5\) of the targets, got \(10,\)"),
+    ],
+)
+def test_answers_of_another_shape_are_refused(family, answers, message):
+    odd = lambda x, y, x_query, key: jnp.zeros(answers)
+    with pytest.raises(ValueError, match=message):
+        compare(family, {"odd": odd}, [5], KEY, num_episodes=3)
+
+
 def test_comparison_on_images():
     family = ImageEpisodes(split="test", num_queries=10)
     predictors = {
