@@ -74,9 +74,20 @@ def rivals(family: FunctionFamily) -> Rivals:
 
 
 def tested(family: FunctionFamily) -> FunctionFamily:
-    """Returns the family to test on: classes and images that training left out."""
-    if isinstance(family, ImageEpisodes | ProjectedImages):
+    """Returns the family to test on: classes, images, tasks that training left out.
+
+    Of projected images all tasks are as likely, also where training has a bias.
+    """
+    if isinstance(family, ImageEpisodes):
         return dataclasses.replace(family, split="test")
+    if isinstance(family, ProjectedImages):
+        return dataclasses.replace(
+            family,
+            split="test",
+            first_task=family.first_task + (family.num_tasks or 0),
+            num_tasks=None,
+            project_prob=1.0,
+        )
     return family
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import metaopt.fewshot
-from experiments import fewshot_contenders, in_context_presets, options
+from experiments import fewshot_contenders, in_context_presets, options, rivals
 from experiments.__main__ import main
 from experiments.compare_fewshot_presets import COMPARE_FEWSHOT
 from experiments.config import FewShotEvaluation
@@ -209,6 +209,17 @@ def test_projected_images_of_the_test_are_those_that_training_left_out(
     assert pools
     for pool in pools:
         np.testing.assert_array_equal(pool, left_out)
+
+
+def test_projected_images_are_tested_on_tasks_that_training_left_out():
+    few = family("projected-images", num_tasks=3, first_task=2, project_prob=0.5)
+    keys = jax.random.split(jax.random.key(0), 64)
+    trained, new = (
+        np.asarray(jax.vmap(lambda key, f=f: f.sample(key).number)(keys))
+        for f in (few, rivals.tested(few))
+    )
+    assert set(trained) == {2, 3, 4}
+    assert new.min() > 4 and len(set(new)) == 64
 
 
 def test_files_of_one_name_are_told_apart_and_measured_anew_once_changed(
