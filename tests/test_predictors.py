@@ -61,8 +61,26 @@ def test_lasso_is_that_of_scikit_learn(count, strength):
     linear_model = pytest.importorskip("sklearn.linear_model")
     model = linear_model.Lasso(strength, fit_intercept=False, tol=1e-10, max_iter=10**6)
     exact = model.fit(X[:count], Y[:count]).predict(X_QUERY)
-    found = predict(Lasso(strength, sweeps=1000), X[:count], Y[:count])
+    found = predict(Lasso(strength), X[:count], Y[:count])
     np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [5, 10])
+def test_lasso_has_converged_where_there_are_fewer_examples_than_features(count):
+    # The prompts of Garg et al.: three of 20 coordinates, strength 0.01.
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    model = linear_model.Lasso(0.01, fit_intercept=False, tol=1e-9, max_iter=10**5)
+    excess = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(count, 20))
+        y = x[:, :3] @ rng.normal(size=3)
+        loss = lambda w, x=x, y=y: (
+            np.mean((x @ w - y) ** 2) / 2 + 0.01 * np.sum(np.abs(w))
+        )
+        found = predict(Lasso(0.01), x, y, np.eye(20)).astype(float)
+        excess.append(loss(found) / loss(model.fit(x, y).coef_) - 1)
+    assert max(excess) < 1e-4
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -385,7 +403,7 @@ def test_operations_are_counted():
     [
         (lambda: Ridge(strength=0.0), "strength must lie in"),
         (lambda: bayes_ridge(0.0), "noise must lie in"),
-        (lambda: Lasso(sweeps=0), "sweeps must be at least 1"),
+        (lambda: Lasso(steps=0), "steps must be at least 1"),
         (lambda: GradientDescent(reduction="men"), "Did you mean 'mean'"),
         (lambda: NearestNeighbours(0), "neighbours must be at least 1"),
         (lambda: GreedyTree(max_depth=0), "max_depth must be at least 1"),
