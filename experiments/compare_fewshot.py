@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments import backend, console
 from experiments.compare_fewshot_presets import COMPARE_FEWSHOT
@@ -15,8 +15,22 @@ from experiments.compare_fewshot_presets import COMPARE_FEWSHOT
 _COMMAND = "python -m experiments compare-fewshot"
 # What a folder keeps results of side by side; all else must be the same.
 _GROWING = ("learners", "optimizers", "weights")
-# How a table calls a predictor, what makes it, on how many functions it is tried.
-_Entry = tuple[str, Callable[[], Any], int]
+
+
+class _Entry(NamedTuple):
+    """A predictor that is to be measured.
+
+    Attributes:
+        label: how a table calls it.
+        mark: what else than its label tells its results from others in the folder.
+        make: makes it.
+        episodes: on how many functions it is tried.
+    """
+
+    label: str
+    mark: str
+    make: Callable[[], Any]
+    episodes: int
 
 
 def usage() -> str:
@@ -52,21 +66,28 @@ def main(arguments: list[str]) -> int:
 
 def _run(name: str, launch: Any, command: str) -> int:
     from experiments.console import CommandError
+    from experiments.fewshot_report import spread
+    from experiments.rivals import tested
     from experiments.run import RunDirectory, writing
     from metaopt.registry import to_config
 
     config, out = launch.config, launch.out
+    # Of the test: some families have other data there.
+    family = tested(config.family)
+    counts = config.num_examples or spread(family.num_examples)
     fixed = {k: v for k, v in to_config(config).items() if k not in _GROWING}
     record = {"command": "compare-fewshot", "family": name, "config": fixed}
     try:
-        data = config.family.load()
+        if config.learners:
+            config.family.load()
+        data = dataclasses.replace(family, num_examples=max(counts)).load()
     except (ValueError, ImportError) as error:
         raise CommandError(str(error)) from error
     folder = RunDirectory(out, record, resume=(out / "config.json").exists())
     started = time.monotonic()
     with writing(out):
         facts = folder.record_start()
-        results, trained = _measure_all(config, out, data)
+        results, trained = _measure_all(config, family, counts, out, data)
         info = {
             "family": name,
             "command": command,
@@ -78,27 +99,21 @@ def _run(name: str, launch: Any, command: str) -> int:
     return 0
 
 
-def _measure_all(config, out, data):
+def _measure_all(config, family, counts, out, data):
     """Measures every predictor that has not been; returns results and table rows."""
     import jax
     import numpy as np
 
-    from experiments.fewshot_report import spread
     from experiments.reproduce.course import kept
-    from experiments.rivals import tested
     from metaopt.fewshot import Comparison, compare
 
-    family = tested(config.family)
-    counts = config.num_examples or spread(config.family.num_examples)
     key = jax.random.fold_in(jax.random.key(config.seed), 1_000_000_009)
     (out / "results").mkdir(exist_ok=True)
     trained: list[dict[str, Any]] = []
-    entries = [
-        *_meta_trained(config, out, trained),
-        *_others(config, family, max(counts), data),
-    ]
+    # First, because a name or a file that is wrong ends it.
+    others = _others(config, family, max(counts), data)
     results = {}
-    for label, make, episodes in entries:
+    for label, mark, make, episodes in [*_meta_trained(config, out, trained), *others]:
 
         def run(label=label, make=make, episodes=episodes):
             print(f"Measuring {label}.", flush=True)
@@ -112,7 +127,7 @@ def _measure_all(config, out, data):
             }
 
         slug = label.replace("/", "-").replace(" ", "-").replace(",", "")
-        arrays = kept(out / "results" / f"{slug}.npz", run)
+        arrays = kept(out / "results" / f"{slug}-{mark}.npz", run)
         result = Comparison(**arrays)
         unknown = np.isnan(arrays["flops"]).all()
         results[label] = result._replace(flops=None) if unknown else result
@@ -125,12 +140,15 @@ def _meta_trained(config, out, rows) -> list[_Entry]:
     import numpy as np
 
     from experiments import fewshot_contenders
+    from experiments.reproduce import course
+    from experiments.reproduce.command import jsonable
+    from metaopt.fewshot import InContext
     from metaopt.weights import save_weights
 
     entries: list[_Entry] = []
     for name in config.learners:
         learner, run = fewshot_contenders.meta_trained(name, config, out / "training")
-        last = float(run.loss[0, -1])
+        last = jsonable(float(run.loss[0, -1]))
         info = {"outer steps": config.meta_steps, "meta-loss": last}
         save_weights(out / f"{name}.safetensors", run.theta, learner, info=info)
         size = sum(np.size(leaf) for leaf in jax.tree.leaves(run.theta))
@@ -138,19 +156,24 @@ def _meta_trained(config, out, rows) -> list[_Entry]:
             {
                 "learner": name,
                 "parameters": size,
+                "numbers remembered of a prompt": learner.state_size
+                if isinstance(learner, InContext)
+                else None,
                 "outer steps": config.meta_steps,
                 "seconds": float(run.seconds),
                 "meta-loss at the end": last,
             }
         )
         make = functools.partial(learner.predictor, run.theta)
-        entries.append((name, make, config.num_episodes))
+        mark = course.mark(learner, run.theta)
+        entries.append(_Entry(name, mark, make, config.num_episodes))
     return entries
 
 
 def _others(config, family, largest, data) -> list[_Entry]:
     """Returns the learners of files, training from scratch, classical predictors."""
     from experiments import fewshot_contenders
+    from experiments.reproduce import course
     from experiments.rivals import rivals
 
     entries: list[_Entry] = []
@@ -158,14 +181,16 @@ def _others(config, family, largest, data) -> list[_Entry]:
         learner, theta = fewshot_contenders.loaded(path, family, largest)
         make = functools.partial(learner.predictor, theta)
         label = fewshot_contenders.file_label(path)
-        entries.append((label, make, config.num_episodes))
-    scratch = dataclasses.replace(family, num_examples=largest)
+        mark = course.mark(learner, theta)
+        entries.append(_Entry(label, mark, make, config.num_episodes))
+    tuning = dataclasses.replace(family, num_examples=largest)
     for name in config.optimizers:
+        scratch = fewshot_contenders.scratch(name, config)
         make = functools.partial(
-            fewshot_contenders.from_scratch, name, config, scratch, data
+            fewshot_contenders.from_scratch, scratch, tuning, data, config.seed
         )
-        label = f"from scratch, {pathlib.Path(name).stem}"
-        entries.append((label, make, config.num_episodes))
+        mark = course.mark(fewshot_contenders.RATES, scratch)
+        entries.append(_Entry(scratch.label, mark, make, config.num_episodes))
     classical = rivals(family)
     for found, episodes in (
         (classical.traced, config.num_episodes),
@@ -173,7 +198,8 @@ def _others(config, family, largest, data) -> list[_Entry]:
     ):
         for name, predictor in found.items():
             make = functools.partial(lambda predictor: predictor, predictor)
-            entries.append((name, make, episodes))
+            mark = course.mark(predictor)
+            entries.append(_Entry(name, mark, make, episodes))
     return entries
 
 
@@ -203,7 +229,8 @@ def _report(config, out, results, trained, info) -> None:
         title=f"{info['family']}: learning from a few examples",
         text=[
             "The error of every predictor by the number of examples that it sees, on "
-            f"{config.num_episodes} functions that nothing was trained on; time and "
+            f"{config.num_episodes} functions that nothing was trained on (of those "
+            f"without FLOPs, which run one by one, {config.host_episodes}); time and "
             "floating-point operations of one episode with all examples."
         ],
         tables=tables,

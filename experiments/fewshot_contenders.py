@@ -6,7 +6,7 @@ import hashlib
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -59,7 +59,8 @@ class CompareFewShot:
         model: what MAML and its kin adapt, and what is trained from scratch.
         learners: what is meta-trained first, keys of `LEARNERS`.
         meta_steps: outer steps of each.
-        adaptation_steps: gradient steps of MAML and its kin.
+        adaptation_steps: gradient steps of MAML, first-order MAML, ANIL and Meta-SGD;
+            implicit MAML and Reptile have settings of their own.
         adaptation_rate: their learning rate.
         optimizers: what trains the model from scratch: names of optax, tuned over six
             learning rates on other episodes; bundled weights; files of your own.
@@ -93,6 +94,7 @@ class CompareFewShot:
         validate.number("adaptation_rate", self.adaptation_rate, low=0.0)
         if self.num_examples is not None:
             validate.integers("num_examples", self.num_examples)
+            self._check_readers(max(self.num_examples, default=1))
         validate.integer("num_episodes", self.num_episodes)
         validate.integer("host_episodes", self.host_episodes)
         validate.integer("seed", self.seed, minimum=0)
@@ -101,6 +103,15 @@ class CompareFewShot:
                 "model.classes must be those of the family, got "
                 f"model.classes={self.model.classes} and {self.family.classes}."
             )
+
+    def _check_readers(self, most: int) -> None:
+        trained = self.family.num_examples
+        for name in self.learners:
+            if most > trained and isinstance(LEARNERS[name](self), InContext):
+                raise ValueError(
+                    "num_examples must not exceed the examples of a prompt in training "
+                    f"for {name}, got {most} of family.num_examples={trained}."
+                )
 
 
 def _adapting(cls: type) -> Callable[[CompareFewShot], FewShotLearner]:
@@ -205,25 +216,48 @@ def file_label(path: str) -> str:
     return f"{pathlib.Path(path).parent.name}/{pathlib.Path(path).stem} {digest}"
 
 
-def from_scratch(
-    name: str, config: CompareFewShot, family: FunctionFamily, data: chex.ArrayTree
-) -> Predictor:
-    """Returns the predictor that trains the model anew with an optimizer.
+class Scratch(NamedTuple):
+    """An optimizer that trains the model anew in every episode.
+
+    Attributes:
+        label: what tables call it.
+        trainer: the training.
+        theta: meta-parameters of the optimizer; None if its rate is to be tuned.
+    """
+
+    label: str
+    trainer: TrainFromScratch
+    theta: chex.ArrayTree | None
+
+
+def scratch(name: str, config: CompareFewShot) -> Scratch:
+    """Returns the training from scratch with an optimizer: bundled, a file, of optax.
 
     Raises:
         UsageError: if there is no such optimizer.
     """
-    steps = config.scratch_steps
+    theta: chex.ArrayTree | None = None
+    label = name
     try:
         if name in metaopt.available() or pathlib.Path(name).is_file():
             optimizer, theta, _ = load_with_info(name)
-            return TrainFromScratch(config.model, optimizer, steps).predictor(theta)
-        rule = Hyper(name)
-    except ValueError as error:
+            label = name if name in metaopt.available() else file_label(name)
+        else:
+            optimizer = Hyper(name)
+    except (OSError, ValueError) as error:
         raise UsageError(f"optimizers: {error}") from error
-    tuned = TrainFromScratch(config.model, rule, steps)
-    rate = best_rate(tuned, family, data, config.seed)
-    return tuned.predictor({"learning_rate": jnp.float32(math.log(rate))})
+    trainer = TrainFromScratch(config.model, optimizer, config.scratch_steps)
+    return Scratch(f"from scratch, {label}", trainer, theta)
+
+
+def from_scratch(
+    scratch: Scratch, family: FunctionFamily, data: chex.ArrayTree, seed: int
+) -> Predictor:
+    """Returns the predictor that trains the model anew, its rate tuned if need be."""
+    if scratch.theta is not None:
+        return scratch.trainer.predictor(scratch.theta)
+    rate = best_rate(scratch.trainer, family, data, seed)
+    return scratch.trainer.predictor({"learning_rate": jnp.float32(math.log(rate))})
 
 
 def best_rate(

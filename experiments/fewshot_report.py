@@ -85,13 +85,17 @@ def evaluate(
     """Compares on the family of training, and outside of it; results by name."""
     key = jax.random.fold_in(jax.random.key(seed), _COMPARISON)
     family = dataclasses.replace(learner.family, num_queries=1)
-    data = family.load()
     found = {}
     for name, variant in {"as trained": family, **unseen(family)}.items():
         wanted = evaluation.num_examples or spread(family.num_examples)
         counts = [n for n in wanted if n <= variant.num_examples]
         if not counts:
             print(f"Left out: {name}, of {variant.num_examples} examples at most.")
+            continue
+        try:
+            data = variant.load()
+        except ValueError as error:
+            print(f"Left out: {name}. {error}")
             continue
         classical = rivals(variant)
         episodes = {"num_episodes": evaluation.num_episodes, "data": data}

@@ -89,7 +89,7 @@ IN_CONTEXT = {
         "five characters of Omniglot, one to five examples of each; hours", _omniglot
     ),
     "linear": Preset(
-        "linear functions of 20 variables, as published; for a GPU",
+        "linear functions of 20 variables, the published size; for a GPU",
         functools.partial(_functions, "linear", num_examples=40),
     ),
     "noisy-linear": Preset(

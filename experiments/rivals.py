@@ -50,8 +50,12 @@ def rivals(family: FunctionFamily) -> Rivals:
     host: dict[str, Predictor] = {}
     if isinstance(family, Linear):
         traced["averaging"] = Averaging()
-        if family.noise and family.weight_std and not family.weight_mean:
-            traced["Bayes ridge"] = bayes_ridge(family.noise, family.weight_std)
+        # A factor on the targets is one on the weights.
+        prompt = family.prompt
+        factor = prompt.targets_by if isinstance(prompt, prompts.Scaled) else 1.0
+        weight_std = abs(factor) * family.weight_std
+        if family.noise and weight_std and not family.weight_mean:
+            traced["Bayes ridge"] = bayes_ridge(family.noise, weight_std)
     if isinstance(family, SparseLinear):
         traced |= {"averaging": Averaging(), "lasso 0.01": Lasso(0.01)}
     if isinstance(family, ReLUNetworks):
@@ -70,9 +74,20 @@ def rivals(family: FunctionFamily) -> Rivals:
 
 
 def tested(family: FunctionFamily) -> FunctionFamily:
-    """Returns the family to test on: classes and images that training left out."""
-    if isinstance(family, ImageEpisodes | ProjectedImages):
+    """Returns the family to test on: classes, images, tasks that training left out.
+
+    Of projected images all tasks are as likely, also where training has a bias.
+    """
+    if isinstance(family, ImageEpisodes):
         return dataclasses.replace(family, split="test")
+    if isinstance(family, ProjectedImages):
+        return dataclasses.replace(
+            family,
+            split="test",
+            first_task=family.first_task + (family.num_tasks or 0),
+            num_tasks=None,
+            project_prob=1.0,
+        )
     return family
 
 

@@ -140,6 +140,22 @@ def obstacles(old: Any, new: Any) -> list[str]:
     return [x for x in differences(old, new) if not _FREE_TO_CHANGE.match(x)]
 
 
+def require_same_training(path: pathlib.Path, old: Any, new: Any) -> None:
+    """Raises CommandError unless a training of one configuration can go on as another.
+
+    Args:
+        path: the file that holds the training.
+        old: JSON form of what it holds.
+        new: JSON form of what is asked for.
+    """
+    if changes := obstacles(old, new):
+        listed = "\n  ".join(changes)
+        raise CommandError(
+            f"{path} holds another training:\n  {listed}\nChoose another folder with "
+            "--out, or remove this file."
+        )
+
+
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
     """Yields a line per field in which two JSON documents differ.
 

@@ -91,6 +91,8 @@ class ImageEpisodes(FunctionFamily):
         return np.sort(side)
 
     def load(self):
+        """Returns the images; raises ValueError for too few classes or images."""
+        self._side()
         splits = datasets.load(self.dataset)
         x = np.concatenate([part.x for part in splits])
         y = np.concatenate([part.y for part in splits])

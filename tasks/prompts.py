@@ -118,8 +118,9 @@ class OrthogonalQuery(Prompt):
     """Makes the questions orthogonal to all examples, their lengths kept.
 
     For linear functions the examples then tell nothing. There must be fewer examples
-    than dimensions. The questions depend on the number of examples, so that a prefix
-    of the examples is orthogonal too.
+    than dimensions. The questions are orthogonal to every prefix of the examples too;
+    for inputs alike in all directions they have the law of questions that were made
+    for that prefix alone.
     """
 
     def check(self, dim, num_examples):

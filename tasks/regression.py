@@ -46,7 +46,7 @@ class Regression(FunctionFamily):
         super().__post_init__()
         validate.number("noise", self.noise, low=0.0)
         if self.prompt is not None:
-            validate.instance("prompt", self.prompt, Prompt, "Scaled(inputs=2.0)")
+            validate.instance("prompt", self.prompt, Prompt, "Scaled(inputs_by=2.0)")
             self.prompt.check(self.num_features, self.num_examples)
         if self.dims is not None:
             validate.instance("dims", self.dims, Growth, "Growth(5, 1, 2000)")

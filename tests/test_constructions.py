@@ -12,12 +12,14 @@ import pytest
 from metaopt.fewshot import Ridge
 from metaopt.fewshot.constructions import (
     DOUBLE,
+    Affine,
     Constants,
     Divide,
     Move,
     Multiply,
     Program,
     Rows,
+    Term,
     compile_program,
     compiled,
     decode,
@@ -203,6 +205,21 @@ def test_operations_refuse_what_does_not_fit():
         Multiply(Rows(0, 3), Rows(0, 2), Rows(2, 2), (1, 2, 3))
     with pytest.raises(ValueError, match="tokens must have 3 rows"):
         sgd_program(2)(jnp.zeros((4, 3)))
+    one, two = Rows(0, 1), Rows(1, 1)
+    for operation in (
+        Affine(Rows(3, 1), bias=(1.0,)),
+        Affine(one, (Term(Rows(-1, 1), ((1.0,),)),)),
+        Move(one, two, 0, 2),
+        Multiply(one, two, Rows(3, 1), (1, 1, 1)),
+        Divide(one, two, 3),
+    ):
+        with pytest.raises(ValueError, match="3 rows and 2 columns must stay within"):
+            Program((operation,), 3, 2, (0, 0))
+    for answer in ((3, 0), (0, 2), (-1, 0)):
+        with pytest.raises(ValueError, match="must stay within them, got answer="):
+            Program((), 3, 2, answer)
+    with pytest.raises(ValueError, match="must have operations"):
+        compile_program(Program((), 3, 2, (0, 0)), 2)
     overlap = Program((Divide(Rows(0, 1), Rows(0, 1), 1),), 2, 1, (0, 0))
     with pytest.raises(ValueError, match="other rows than it reads"):
         compile_program(overlap, 2)

@@ -293,6 +293,7 @@ def test_labels_are_permuted():
         (lambda: ImageEpisodes(dataset="digit"), "Did you mean 'digits'"),
         (lambda: ImageEpisodes(train_classes=8, split="test"), None),
         (lambda: ImageEpisodes(num_examples=900).load(), "more images than a class"),
+        (lambda: ImageEpisodes(train_classes=8, split="test").load(), None),
         (lambda: as_task(Linear(), Network(classes=3)), "the classes of its family"),
     ],
 )

@@ -262,6 +262,29 @@ def test_implicit_maml_on_a_quadratic(damping):
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)
 
 
+def test_the_implicit_gradient_is_that_through_all_steps():
+    # Acceptance: within 1e-4 on a quadratic, once the adaptation has converged.
+    family = Linear(dim=4, num_examples=8)
+    learner = ImplicitMAML(family, LINE, 300, 0.1, 2.0, solver_steps=10)
+    theta = learner.init_theta(KEY)
+    (x, y, x_query, y_query), loss = episode_and_loss(learner)
+
+    def unrolled(theta):
+        def inner(params):
+            gap = jax.tree.map(jnp.subtract, params, theta)
+            return LINE.loss(params, x, y) + optax.tree.norm(gap, squared=True)
+
+        step = lambda params, _: (
+            jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(inner)(params)),
+            None,
+        )
+        params, _ = jax.lax.scan(step, theta, length=300)
+        return LINE.loss(params, x_query, y_query)
+
+    exact = jax.jit(jax.grad(unrolled))(theta)
+    assert_trees_close(jax.grad(loss)(theta), exact, rtol=1e-4, atol=1e-5)
+
+
 def test_implicit_maml_is_tested_without_its_penalty():
     learner = ImplicitMAML(WAVES, SMALL, steps=3)
     free = dataclasses.replace(learner, strength=0.0)

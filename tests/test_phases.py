@@ -48,5 +48,6 @@ def test_score_of_flat_losses_is_zero():
 def test_bad_curves_are_refused():
     with pytest.raises(ValueError, match="at least 4"):
         phase_change([1, 2, 3], [1.0, 1.0, 1.0])
-    with pytest.raises(ValueError, match="must be positive"):
-        phase_change([1, 2, 3, 4], [1.0, 0.0, 1.0, 1.0])
+    for bad in (0.0, np.inf, np.nan):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            phase_change([1, 2, 3, 4], [1.0, bad, 1.0, 1.0])

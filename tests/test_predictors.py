@@ -61,8 +61,26 @@ def test_lasso_is_that_of_scikit_learn(count, strength):
     linear_model = pytest.importorskip("sklearn.linear_model")
     model = linear_model.Lasso(strength, fit_intercept=False, tol=1e-10, max_iter=10**6)
     exact = model.fit(X[:count], Y[:count]).predict(X_QUERY)
-    found = predict(Lasso(strength, sweeps=1000), X[:count], Y[:count])
+    found = predict(Lasso(strength), X[:count], Y[:count])
     np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [5, 10])
+def test_lasso_has_converged_where_there_are_fewer_examples_than_features(count):
+    # The prompts of Garg et al.: three of 20 coordinates, strength 0.01.
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    model = linear_model.Lasso(0.01, fit_intercept=False, tol=1e-9, max_iter=10**5)
+    excess = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(count, 20))
+        y = x[:, :3] @ rng.normal(size=3)
+        loss = lambda w, x=x, y=y: (
+            np.mean((x @ w - y) ** 2) / 2 + 0.01 * np.sum(np.abs(w))
+        )
+        found = predict(Lasso(0.01), x, y, np.eye(20)).astype(float)
+        excess.append(loss(found) / loss(model.fit(x, y).coef_) - 1)
+    assert max(excess) < 1e-4
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -271,16 +289,18 @@ def test_error_curves_of_linear_regression():
     assert exactly.max() < 1e-8
 
 
-@pytest.mark.parametrize("noise", [1 / 3, 1.0])
-def test_the_bayes_ridge_is_the_best_ridge(noise):
+@pytest.mark.parametrize(
+    ("noise", "weight_std"), [(1 / 3, 1.0), (1.0, 1.0), (0.5, 1.5)]
+)
+def test_the_bayes_ridge_is_the_best_ridge(noise, weight_std):
     strengths = [1 / 9, 1 / 3, 1.0]
-    predictors = {s: Ridge(s) for s in strengths} | {"bayes": bayes_ridge(noise)}
-    results = compare(
-        Linear(dim=8, noise=noise), predictors, [8], KEY, num_episodes=8000
-    )
+    bayes = bayes_ridge(noise, weight_std)
+    predictors = {s: Ridge(s) for s in strengths} | {"bayes": bayes}
+    noisy = Linear(dim=8, noise=noise, weight_std=weight_std)
+    results = compare(noisy, predictors, [8], KEY, num_episodes=8000)
     risk = {name: result.mean[0] for name, result in results.items()}
     best = min(strengths, key=risk.get)
-    assert abs(best - noise**2) < 1e-6
+    assert abs(best - noise**2 / weight_std**2) < 1e-6
     np.testing.assert_allclose(risk["bayes"], risk[best], rtol=1e-5)
 
 
@@ -328,6 +348,24 @@ def test_divergence_is_not_hidden():
     predictors = {"far": GradientDescent(200, 100.0), "near": Averaging()}
     far, near = compare(Linear(dim=3), predictors, [4], KEY, num_episodes=5).values()
     assert not np.isfinite(far.mean).any() and np.isfinite(near.mean).all()
+    # Of classes, what is NaN is no guess: never right.
+    lost = lambda x, y, x_query, key: jnp.full((len(x_query), 5), jnp.nan)
+    images = compare(ImageEpisodes(), {"lost": lost}, [5], KEY, num_episodes=5)
+    np.testing.assert_array_equal(images["lost"].errors, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "answers", "message"),
+    [
+        (Linear(dim=3), (10, 1), r"must answer with the shape \(10,\) of the"),
+        (Linear(dim=3), (), r"predictors\['odd'\] must answer"),
+        (ImageEpisodes(), (10,), r"the shape \(10, 5\) of the targets, got \(10,\)"),
+    ],
+)
+def test_answers_of_another_shape_are_refused(family, answers, message):
+    odd = lambda x, y, x_query, key: jnp.zeros(answers)
+    with pytest.raises(ValueError, match=message):
+        compare(family, {"odd": odd}, [5], KEY, num_episodes=3)
 
 
 def test_comparison_on_images():
@@ -365,7 +403,7 @@ def test_operations_are_counted():
     [
         (lambda: Ridge(strength=0.0), "strength must lie in"),
         (lambda: bayes_ridge(0.0), "noise must lie in"),
-        (lambda: Lasso(sweeps=0), "sweeps must be at least 1"),
+        (lambda: Lasso(steps=0), "steps must be at least 1"),
         (lambda: GradientDescent(reduction="men"), "Did you mean 'mean'"),
         (lambda: NearestNeighbours(0), "neighbours must be at least 1"),
         (lambda: GreedyTree(max_depth=0), "max_depth must be at least 1"),
@@ -373,6 +411,8 @@ def test_operations_are_counted():
         (lambda: TrainFromScratch(Network(), "adam"), "optimizer must be a Learned"),
         (lambda: compare(Linear(), {}, [], KEY), "num_examples must name"),
         (lambda: compare(Linear(), {}, [0], KEY), "must be at least 1"),
+        # A class of the digits has 174 images at least, others have more.
+        (lambda: compare(ImageEpisodes(), {}, [175 * 5], KEY), "more images than"),
     ],
 )
 def test_bad_input_is_named(build, message):

@@ -15,7 +15,9 @@ from metaopt.fewshot import (
     Growth,
     NearestNeighbours,
     Points,
+    Ridge,
     Transformer,
+    compare,
 )
 from metaopt.interpret import Probe
 from tasks.function_families import family
@@ -60,6 +62,12 @@ def test_akyurek_runs_and_reads_what_it_has_trained(tmp_path, monkeypatch):
     again = lambda *_: pytest.fail("probed again")
     monkeypatch.setattr(akyurek, "probed", again)
     assert akyurek.main(tmp_path, full=False)["tables"] == report["tables"]
+    # What another probe reads was not measured.
+    other = tiny._replace(probe=Probe(hidden=4, steps=6))
+    with monkeypatch.context() as changed:
+        changed.setattr(akyurek, "SMALL", other)
+        with pytest.raises(pytest.fail.Exception, match="probed again"):
+            akyurek.main(tmp_path, full=False)
     (depth,) = report["tables"]["Mean squared difference by depth, no noise"]
     assert depth["strength"] in akyurek.STRENGTHS
     # Before it has learned anything the model predicts zeros: a step of rate zero.
@@ -114,6 +122,17 @@ def test_baselines_have_the_settings_of_the_text_not_of_the_code():
         GreedyTree(max_depth=4, signs=True),
         GradientBoosting(trees=50, max_depth=4, learning_rate=0.1),
     ]
+
+
+def test_no_ridge_is_better_than_that_of_bayes_where_weights_are_scaled():
+    noisy = Linear(dim=4, num_queries=20, noise=0.5)
+    scaled = unseen(noisy)["weights x 2"]
+    bayes = rivals(scaled).traced["Bayes ridge"]
+    others = {s: Ridge(s) for s in (0.02, 0.25)}
+    key = jax.random.key(0)
+    found = compare(scaled, others | {"Bayes": bayes}, [6], key, num_episodes=2000)
+    risk = {name: result.mean[0] for name, result in found.items()}
+    assert risk["Bayes"] < min(risk[s] for s in others)
 
 
 def test_full_sizes_are_those_of_the_papers():

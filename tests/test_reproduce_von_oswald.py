@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.reproduce import command, sine_features, two_tokens, von_oswald
+from experiments.console import CommandError
+from experiments.reproduce import (
+    alignment,
+    command,
+    sine_features,
+    two_tokens,
+    von_oswald,
+)
 from experiments.reproduce.alignment import (
     DIM,
     HALF_WIDTH,
@@ -26,7 +33,7 @@ from experiments.reproduce.descent_optima import (
     loss_of_steps,
     spectra,
 )
-from metaopt.fewshot import AttentionWeights, GDPlusPlus
+from metaopt.fewshot import AttentionWeights, GDPlusPlus, LinearAttention
 from metaopt.fewshot.constructions import (
     copying_weights,
     descent_weights,
@@ -210,6 +217,13 @@ def test_command_resumes(tmp_path, monkeypatch):
     assert len(files) == 9
     assert command.main(arguments) == 0
     assert files == {path: path.stat().st_mtime_ns for path in files}
+    # A model of another start is not what the files hold.
+    shifted = lambda layers, tied=True: LinearAttention(
+        DIM + 1, layers=layers, tied=tied, init_scale=0.5
+    )
+    monkeypatch.setattr(alignment, "model_of", shifted)
+    with pytest.raises(CommandError, match=r"init_scale: 0\.002 there, 0\.5 here"):
+        von_oswald.main(tmp_path, full=False)
 
 
 @pytest.mark.slow

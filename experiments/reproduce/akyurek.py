@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.config import Outer
 from experiments.reproduce.akyurek_plots import draw
-from experiments.reproduce.course import kept
+from experiments.reproduce.course import kept, mark
 from experiments.reproduce.few_shot_training import FewShotTraining, train
 from metaopt.estimators import FullUnroll
 from metaopt.fewshot import InContext, LeastSquares, Points, Transformer
@@ -348,9 +348,9 @@ def main(out: pathlib.Path, full: bool) -> dict[str, Any]:
     ):
         print(f"Training the {name}.", flush=True)
         make = functools.partial(probed, scale, model, thetas[model], probe)
-        probes[name] = kept(
-            out / f"{name.replace(',', '').replace(' ', '-')}.npz", make
-        )
+        slug = name.replace(",", "").replace(" ", "-")
+        made_of = mark(probe, thetas[model], scale.prompts)
+        probes[name] = kept(out / f"{slug}-{made_of}.npz", make)
     probe_rows = [
         {"layer": layer, "target": target}
         | {

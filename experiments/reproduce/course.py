@@ -1,7 +1,9 @@
 """The course of a training: measured again and again, and kept once it is done."""
 
 import functools
+import hashlib
 import io
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.run import require_same_training
 from metaopt._files import write_atomically
 from metaopt.estimators import FullUnroll
+from metaopt.registry import to_config
 from metaopt.train import meta_init, meta_step
 
 Arrays = dict[str, np.ndarray]
@@ -46,6 +50,20 @@ def kept(path: pathlib.Path, make: Callable[[], Mapping[str, Any]]) -> Arrays:
         return dict(file)
 
 
+def mark(*parts: Any) -> str:
+    """Returns eight letters that tell what a predictor is made of from anything else.
+
+    Args:
+        *parts: pytrees of arrays, and components, whose text names all their fields.
+    """
+    leaves, structure = jax.tree.flatten(parts)
+    digest = hashlib.sha256(str(structure).encode())
+    for leaf in leaves:
+        array = isinstance(leaf, jax.Array | np.ndarray)
+        digest.update(np.asarray(leaf).tobytes() if array else repr(leaf).encode())
+    return digest.hexdigest()[:8]
+
+
 def train(
     path: pathlib.Path,
     learner: Any,
@@ -59,20 +77,28 @@ def train(
     """Trains with exact meta-gradients, or reads what an earlier call left.
 
     Args:
-        path: file that keeps the course; it must name all that matters.
+        path: file that keeps the course; it must name what matters of `tx` and
+            `measure`.
         learner: what is trained, with a horizon of one step.
         tx: the outer optimizer.
         key: randomness.
         num_steps: outer steps, a multiple of `every`.
         every: outer steps between measurements.
         measure: what is measured, of theta.
+
+    Raises:
+        CommandError: if the file keeps the course of another learner.
     """
     if num_steps % every:
         raise ValueError(f"every must divide num_steps, got {every} and {num_steps}.")
     make = functools.partial(
         _train, path.stem, learner, tx, key, num_steps // every, every, measure
     )
-    arrays = kept(path, make)
+    config = json.loads(json.dumps(to_config(learner)))
+    arrays = kept(path, lambda: {**make(), "config": json.dumps(config)})
+    # Files of before the learner was written down lack it.
+    if "config" in arrays:
+        require_same_training(path, json.loads(str(arrays["config"])), config)
     shape = jax.eval_shape(learner.init_theta, key)
     tree = jax.tree.structure(shape)
     theta = [jnp.asarray(arrays[f"theta{i}"]) for i in range(tree.num_leaves)]

@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.config import Outer
 from experiments.console import CommandError
-from experiments.run import obstacles
+from experiments.run import require_same_training
 from metaopt import validate
 from metaopt._files import write_atomically
 from metaopt.averaging import trained_theta
@@ -213,12 +213,7 @@ def _write(path: pathlib.Path, run: _Run, config: dict[str, Any]) -> None:
 
 def _read(path: pathlib.Path, like: Any, config: dict[str, Any]) -> _Run:
     with np.load(path) as file:
-        if changes := obstacles(json.loads(str(file[_CONFIG])), config):
-            listed = "\n  ".join(changes)
-            raise CommandError(
-                f"{path} holds another training:\n  {listed}\nChoose another folder "
-                "with --out, or remove this file."
-            )
+        require_same_training(path, json.loads(str(file[_CONFIG])), config)
         leaves = [jnp.asarray(file[str(i)]) for i in range(len(jax.tree.leaves(like)))]
         loss, seconds = file[_LOSS], float(file[_SECONDS])
         # Files of before anything was watched lack it.

@@ -82,41 +82,50 @@ def bayes_ridge(noise: float, weight_std: float = 1.0) -> Ridge:
 
 @dataclasses.dataclass(frozen=True)
 class Lasso:
-    """Predicts with the weights of the lasso, found by cyclic coordinate descent.
+    """Predicts with the weights of the lasso, found by accelerated gradient steps.
 
-    They minimise `|x w - y|**2 / (2 n) + strength * |w|_1`.
+    They minimise `|x w - y|**2 / (2 n) + strength * |w|_1`. The momentum of FISTA
+    starts anew where it leads uphill. With fewer examples than features and little
+    strength, plain coordinate descent needs a thousand passes for the same accuracy.
 
     Attributes:
         strength: weight of the penalty, in units of a mean over examples.
-        sweeps: passes over all coordinates.
+        steps: gradient steps.
 
     References:
-        Friedman et al., 2010, https://doi.org/10.18637/jss.v033.i01
+        Beck and Teboulle, 2009, https://doi.org/10.1137/080716542; O'Donoghue and
+        Candes, 2015, https://arxiv.org/abs/1204.3982
 
     >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
-    >>> Lasso(strength=0.5)(x, jnp.array([2.0, 4.0]), jnp.eye(2), None).tolist()
+    >>> weights = Lasso(strength=0.5)(x, jnp.array([2.0, 4.0]), jnp.eye(2), None)
+    >>> weights.round(4).tolist()
     [1.0, 3.0]
     """
 
     strength: float = 0.01
-    sweeps: int = 100
+    steps: int = 1000
 
     def __post_init__(self):
         validate.number("strength", self.strength, low=0.0)
-        validate.integer("sweeps", self.sweeps)
+        validate.integer("steps", self.steps)
 
     def __call__(self, x, y, x_query, key):
         del key
-        n, d = x.shape
+        n = x.shape[0]
         gram, correlation = x.T @ x / n, x.T @ y / n
-        # A coordinate that is zero in every example has no say.
-        curvature = jnp.where(jnp.diag(gram) > 0, jnp.diag(gram), 1.0)
+        # A little longer than the largest curvature, which is rounded; never zero.
+        curvature = 1.0001 * jnp.maximum(jnp.linalg.eigvalsh(gram)[-1], 1e-30)
 
-        def coordinate(i, w):
-            partial = correlation[i] - gram[i] @ w + gram[i, i] * w[i]
-            size = jnp.maximum(jnp.abs(partial) - self.strength, 0.0)
-            return w.at[i].set(jnp.sign(partial) * size / curvature[i])
+        def step(_, state):
+            w, ahead, count = state
+            moved = ahead - (gram @ ahead - correlation) / curvature
+            size = jnp.maximum(jnp.abs(moved) - self.strength / curvature, 0.0)
+            new = jnp.sign(moved) * size
+            uphill = jnp.sum((ahead - new) * (new - w), axis=0) > 0
+            count = jnp.where(uphill, 1.0, count)
+            after = (1.0 + jnp.sqrt(1.0 + 4.0 * count**2)) / 2.0
+            return new, new + (count - 1.0) / after * (new - w), after
 
-        sweep = lambda _, w: jax.lax.fori_loop(0, d, coordinate, w)
-        w = jax.lax.fori_loop(0, self.sweeps, sweep, jnp.zeros_like(correlation))
-        return x_query @ w
+        zero = jnp.zeros_like(correlation)
+        start = zero, zero, jnp.ones(y.shape[1:], x.dtype)
+        return x_query @ jax.lax.fori_loop(0, self.steps, step, start)[0]

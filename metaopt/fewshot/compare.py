@@ -30,8 +30,8 @@ class Comparison(NamedTuple):
 
     Attributes:
         num_examples: examples that the predictor saw, `[k]` int.
-        errors: mean error over the questions of each episode, `[k, episodes]`; not
-            finite where the predictor diverged.
+        errors: mean error over the questions of each episode, `[k, episodes]`; where
+            the predictor diverged not finite, or of classes 1.
         mean: mean over the episodes, `[k]`.
         median: median over the episodes, `[k]`.
         low: lower end of the 90% bootstrap interval of the mean, `[k]`.
@@ -77,6 +77,9 @@ def compare(
     Returns:
         The results by name.
 
+    Raises:
+        ValueError: if a predictor's answers have not the shape of the targets.
+
     >>> from metaopt.fewshot import Averaging, Ridge
     >>> class Linear(FunctionFamily):
     ...     num_features = 2
@@ -98,21 +101,21 @@ def compare(
     validate.integer("num_episodes", num_episodes)
     if not num_examples:
         raise ValueError("num_examples must name at least one number, got none.")
-    data = family.load() if data is None else data
     largest = dataclasses.replace(family, num_examples=max(num_examples))
+    data = largest.load() if data is None else data
     episode_key, predictor_key = jax.random.split(key)
     draw = jax.vmap(functools.partial(draw_episode, largest), in_axes=(None, 0))
     episodes = jax.jit(draw)(data, jax.random.split(episode_key, num_episodes))
     keys = jax.random.split(predictor_key, num_episodes)
     return {
-        name: _measure(family, predictor, tuple(num_examples), episodes, keys)
+        name: _measure(family, name, predictor, tuple(num_examples), episodes, keys)
         for name, predictor in predictors.items()
     }
 
 
-def _measure(family, predictor, num_examples, episodes, keys) -> Comparison:
+def _measure(family, name, predictor, num_examples, episodes, keys) -> Comparison:
     rows = [
-        _run(family, predictor, _prefix(episodes, count), keys)
+        _run(family, name, predictor, _prefix(episodes, count), keys)
         for count in num_examples
     ]
     errors = np.stack([row[0] for row in rows])
@@ -140,7 +143,7 @@ def _prefix(episodes: Episode, count: int) -> Episode:
     return episodes._replace(x=episodes.x[:, :count], y=episodes.y[:, :count])
 
 
-def _run(family, predictor, episodes: Episode, keys):
+def _run(family, name, predictor, episodes: Episode, keys):
     """Returns the errors `[episodes]`, the seconds and the operations per episode."""
     arguments = (*episodes[:3], keys)
     one = jax.tree.map(lambda a: a[0], arguments)
@@ -153,6 +156,13 @@ def _run(family, predictor, episodes: Episode, keys):
         prediction = jnp.stack(predictions)
     else:
         prediction, seconds = _run_compiled(predictor, arguments)
+    # Other shapes could be broadcast to errors that mean nothing.
+    wanted = episodes.y_query.shape
+    if prediction.shape != wanted:
+        raise ValueError(
+            f"predictors[{name!r}] must answer with the shape {wanted[1:]} of the "
+            f"targets, got {prediction.shape[1:]}."
+        )
     error = jax.vmap(functools.partial(prediction_error, family))
     errors = np.asarray(jnp.mean(error(prediction, episodes.y_query), axis=1), float)
     return errors, seconds / len(keys), flops

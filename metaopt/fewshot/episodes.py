@@ -125,12 +125,14 @@ def prediction_error(
     """Returns the error of every answer, `[m]`.
 
     That is the squared error divided by `family.scale`, or for classes 1 where the
-    largest score is that of another class and 0 elsewhere.
+    largest score is that of another class or any is NaN, and 0 elsewhere.
     """
     if family.classes is None:
         return jnp.square(prediction - y) / family.scale
+    # Of NaN argmax would make an answer, right as often as a guess.
+    none = jnp.any(jnp.isnan(prediction), axis=-1)
     wrong = jnp.argmax(prediction, axis=-1) != jnp.argmax(y, axis=-1)
-    return wrong.astype(jnp.float32)
+    return (wrong | none).astype(jnp.float32)
 
 
 def check_model(family: FunctionFamily, model: Model) -> None:

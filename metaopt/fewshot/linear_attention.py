@@ -36,9 +36,10 @@ class LinearAttention(SequenceModel):
 
     Token `j` becomes `e_j + sum over i and heads of P V e_i (K e_i . Q e_j)`. Without
     causality, `i` goes over all tokens but the last, which is the question. What comes
-    out are the last entries of every token with their sign changed. Section 2 of von
-    Oswald et al., 2023, https://arxiv.org/abs/2212.07677, who draw initial weights so
-    small that the model predicts almost zeros.
+    out are the last entries of every token with their sign changed, so that a layout
+    must put targets last, as `Paired` and `Shifted` do and `Interleaved` does not.
+    Section 2 of von Oswald et al., 2023, https://arxiv.org/abs/2212.07677, who draw
+    initial weights so small that the model predicts almost zeros.
 
     Attributes:
         width: length of a token, of keys and of values.

@@ -139,8 +139,8 @@ def agreement(
             "family must ask more questions than it has features, got "
             f"num_queries={family.num_queries} and num_features={family.num_features}."
         )
-    data = family.load() if data is None else data
     largest = dataclasses.replace(family, num_examples=max(num_examples))
+    data = largest.load() if data is None else data
     episode_key, predictor_key = jax.random.split(key)
     draw = jax.vmap(functools.partial(draw_episode, largest), in_axes=(None, 0))
     episodes = jax.jit(draw)(data, jax.random.split(episode_key, num_episodes))

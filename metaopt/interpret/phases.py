@@ -121,12 +121,12 @@ def phase_change(steps: ArrayLike, loss: ArrayLike, *, window: int = 1) -> Phase
 
     Args:
         steps: positive and increasing, `[n]`, with `n` at least `window + 3`.
-        loss: positive, `[n]`.
+        loss: positive and finite, `[n]`.
         window: points whose logarithms are averaged, against noise.
 
     Raises:
         ValueError: if the arrays are too short or do not fit together, if the steps do
-            not increase, or if anything is not positive.
+            not increase, or if anything is not positive and finite.
 
     >>> found = phase_change([1, 2, 4, 8, 16, 32], [4.0, 4.0, 4.0, 1.0, 1.0, 1.0])
     >>> found.start, found.end, round(found.drop, 3)
@@ -139,8 +139,10 @@ def phase_change(steps: ArrayLike, loss: ArrayLike, *, window: int = 1) -> Phase
             f"steps and loss must be vectors of one length, at least {window + 3}, got "
             f"shapes {x.shape} and {y.shape}."
         )
-    if not (np.all(y > 0) and x[0] > 0 and np.all(np.diff(x) > 0)):
-        raise ValueError("loss must be positive, steps must be positive and increase.")
+    if not (np.all((y > 0) & (y < np.inf)) and x[0] > 0 and np.all(np.diff(x) > 0)):
+        raise ValueError(
+            "loss must be positive and finite, steps must be positive and increase."
+        )
     mean = lambda a: np.convolve(np.log(a), np.full(window, 1 / window), "valid")
     x, y = mean(x), mean(y)
     slopes = np.diff(y) / np.diff(x)

@@ -142,7 +142,7 @@ def compile_program(
         constants: those of float32 if None.
 
     Raises:
-        ValueError: for a division that writes rows that it reads.
+        ValueError: for a division that writes rows that it reads, or no operation.
 
     >>> from metaopt.fewshot.constructions import decode, sgd_program
     >>> program = sgd_program(1, learning_rate=0.25)
@@ -154,6 +154,8 @@ def compile_program(
     """
     constants = Constants() if constants is None else constants
     validate.integer("token_width", token_width)
+    if not program.operations:
+        raise ValueError("program must have operations, got none.")
     moves = [x.rows.size for x in program.operations if isinstance(x, Move)]
     plan = Plan(program.num_rows, program.num_columns, max(moves, default=0), constants)
     layers = [

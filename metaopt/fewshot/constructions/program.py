@@ -7,7 +7,7 @@ transformer can do, and enough for gradient descent and ridge regression.
 
 import abc
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,16 @@ class Operation(abc.ABC):
     def apply(self, hidden: jax.Array) -> jax.Array:
         """Maps the hidden matrix `[rows, columns]` to the next one."""
 
+    @property
+    @abc.abstractmethod
+    def read(self) -> tuple[Rows, ...]:
+        """Rows that it reads."""
+
+    @property
+    def last_column(self) -> int:
+        """The last column that it names."""
+        return 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Move(Operation):
@@ -68,6 +78,14 @@ class Move(Operation):
         _check_size("rows", self.rows, self.to.size)
         validate.integer("source", self.source, minimum=0)
         validate.integer("target", self.target, minimum=self.source)
+
+    @property
+    def read(self):
+        return (self.rows,)
+
+    @property
+    def last_column(self):
+        return self.target
 
     def apply(self, hidden):
         copied = hidden[self.rows.slice, self.source]
@@ -95,6 +113,10 @@ class Multiply(Operation):
         _check_size("right", self.right, b * c)
         _check_size("to", self.to, a * c)
 
+    @property
+    def read(self):
+        return self.left, self.right
+
     def apply(self, hidden):
         a, b, c = self.shape
         left = hidden[self.left.slice].reshape(a, b, -1)
@@ -118,6 +140,10 @@ class Divide(Operation):
     def __post_init__(self):
         _check_size("rows", self.rows, self.to.size)
         validate.integer("divisor", self.divisor, minimum=0)
+
+    @property
+    def read(self):
+        return self.rows, Rows(self.divisor, 1)
 
     def apply(self, hidden):
         quotient = hidden[self.rows.slice] / jnp.abs(hidden[self.divisor])
@@ -161,6 +187,10 @@ class Affine(Operation):
                 f"bias must have {self.to.size} entries, got bias={self.bias}."
             )
 
+    @property
+    def read(self):
+        return tuple(term.rows for term in self.terms)
+
     def apply(self, hidden):
         result = jnp.zeros((self.to.size, hidden.shape[1]), hidden.dtype)
         for rows, weights in self.terms:
@@ -200,6 +230,19 @@ class Program:
     def __post_init__(self):
         validate.integer("num_rows", self.num_rows)
         validate.integer("num_columns", self.num_columns)
+        # What lies outside of an array JAX would ignore.
+        for operation in self.operations:
+            for rows in (operation.to, *operation.read):
+                self._check(operation, rows, operation.last_column)
+        self._check(f"answer={self.answer}", Rows(self.answer[0], 1), self.answer[1])
+
+    def _check(self, where: Any, rows: Rows, column: int) -> None:
+        above, below = rows.start, self.num_rows - rows.start - rows.size
+        if min(above, below, column, self.num_columns - 1 - column) < 0:
+            raise ValueError(
+                f"A program of {self.num_rows} rows and {self.num_columns} columns "
+                f"must stay within them, got {where}."
+            )
 
     def run(self, tokens: jax.Array) -> jax.Array:
         """Returns the hidden matrix in the end, `[rows, columns]`.
