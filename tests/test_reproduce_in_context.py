@@ -92,6 +92,28 @@ def test_garg_runs_and_its_baselines_are_exact(tmp_path, monkeypatch):
         assert row["averaging"] == pytest.approx(row["exact "], rel=0.25)
 
 
+def test_scaled_functions_have_the_errors_of_others(monkeypatch):
+    every = unseen(Linear(3, 1, dim=2))
+    names = "inputs x 3", "weights x 1/2"
+    monkeypatch.setattr(garg, "unseen", lambda _: {n: every[n] for n in names})
+    found = garg.elsewhere(Linear(3, 1, dim=2), NearestNeighbours(3))
+    # Neighbours scale with the functions that they remember.
+    plain = compare(
+        Linear(3, 1, dim=2),
+        {"3": NearestNeighbours(3)},
+        [1, 3],
+        garg.KEY,
+        num_episodes=1280,
+    )["3"]
+    for name in names:
+        for field in ("mean", "low", "high"):
+            np.testing.assert_allclose(
+                getattr(found[name][garg.MODEL], field),
+                getattr(plain, field),
+                rtol=1e-5,
+            )
+
+
 @pytest.mark.slow
 def test_garg_toy_beats_averaging_and_three_neighbours_everywhere(tmp_path):
     # Acceptance: five dimensions, 11 points, 5,000 steps of the tiny model.

@@ -29,6 +29,7 @@ from metaopt.fewshot import (
 )
 from tasks.function_families import DecisionTrees, ReLUNetworks
 from tasks.linear_families import Linear, SparseLinear
+from tasks.prompts import Scaled
 
 CLAIM = (
     "A transformer trained on prompts of random linear functions predicts new ones as "
@@ -172,7 +173,12 @@ def measure(family: FunctionFamily, predictor: Predictor) -> dict[str, Compariso
 def elsewhere(
     family: FunctionFamily, predictor: Predictor
 ) -> dict[str, dict[str, Comparison]]:
-    """Compares on the prompts of section 5, in the middle and at the end."""
+    """Compares on the prompts of section 5, in the middle and at the end.
+
+    Errors of scaled functions are over the square of their scale, so that the zero
+    function has 1 as elsewhere: the published 0.30 for a third of the inputs is above
+    the 0.11 that it has without.
+    """
     results = {}
     for name, other in unseen(family).items():
         largest = other.num_examples
@@ -181,8 +187,22 @@ def elsewhere(
         counts = sorted({max(1, largest // 2), largest})
         if largest >= 40:
             counts = [10, 20, 40]
-        results[name] = compare(other, predictors, counts, KEY, num_episodes=1280)
+        measured = compare(other, predictors, counts, KEY, num_episodes=1280)
+        results[name] = {n: _over(c, _square(other)) for n, c in measured.items()}
     return results
+
+
+def _square(family: FunctionFamily) -> float:
+    """Returns the square of what a prompt multiplies the targets by."""
+    prompt = getattr(family, "prompt", None)
+    if not isinstance(prompt, Scaled):
+        return 1.0
+    return (prompt.inputs_by * prompt.targets_by) ** 2
+
+
+def _over(result: Comparison, square: float) -> Comparison:
+    mean, low, high = (x / square for x in (result.mean, result.low, result.high))
+    return result._replace(mean=mean, low=low, high=high)
 
 
 def by_count(results: Mapping[str, Comparison]) -> list[dict[str, Any]]:
