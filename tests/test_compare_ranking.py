@@ -161,9 +161,6 @@ def test_the_page_tells_who_is_tuned_otherwise():
     assert "from 0.32 to 316 times its default" in said
     assert "Exceptions: prodigy, learning rates from 0.1 to 10; schedule-free" in said
     assert "Exceptions" not in method("adamw", "sgd", "digits-star")
-    # What has a schedule of its own gets no other.
-    said = method("adamw", "velo-mixed")
-    assert "Exceptions: velo-mixed, the schedule constant only." in said
 
 
 def test_the_page_tells_the_weight_decays_and_what_they_cost():

@@ -190,15 +190,15 @@ def _sequence(goal: Goal) -> str:
 
 
 def _exceptions(ranking: Ranking) -> str:
-    """Returns in words which optimizers try something else."""
+    """Returns in words which hand-designed optimizers try something else."""
     found = []
     for name, contender in ranking.contenders.items():
         entry = None if contender.learned else BASELINES[name]
         if entry and entry.rates:
             low, high = entry.rates
             found.append(f"{name}, learning rates from {low:g} to {high:g}")
-        if schedule := contender.rule.span().schedule:
-            found.append(f"{name}, the schedule {schedule} only")
+        if entry and entry.schedule:
+            found.append(f"{name}, the schedule {entry.schedule} only")
     return f" Exceptions: {'; '.join(found)}." if found else ""
 
 

@@ -24,8 +24,6 @@ from metaopt.optimizers.celo2 import celo2_adamw
 _BELOW, _ABOVE = 10.0**0.5, 10.0**2.5
 # What multiplies the updates of a learned optimizer.
 _MULTIPLIERS = Range(0.1, 1.0, 10.0)
-# What plans over the run has a schedule of its own, on top of which no other belongs.
-_OF_A_PLAN = _MULTIPLIERS._replace(schedule="constant")
 
 
 class Tuned(NamedTuple):
@@ -151,7 +149,7 @@ class LearnedRule(Rule):
     optimizer: LearnedOptimizer
 
     def span(self):
-        return _OF_A_PLAN if self.optimizer.needs_num_steps else _MULTIPLIERS
+        return _MULTIPLIERS
 
     def bind(self, weights, tuned, num_steps, key):
         rule = self.optimizer
