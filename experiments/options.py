@@ -16,6 +16,8 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from experiments.console import UsageError
+
 Config = TypeVar("Config")
 
 _REGISTRY = ConstructorRegistry()
@@ -46,16 +48,23 @@ def parse(default: Config, arguments: list[str], *, command: str) -> Config:
         default: a frozen dataclass, components and all.
         arguments: what was typed.
         command: what was typed before them, for the help.
+
+    Raises:
+        UsageError: if the outermost configuration refuses its fields, of which tyro
+            tells nothing.
     """
-    return tyro.cli(
-        type(default),
-        default=default,
-        args=arguments,
-        prog=command,
-        description=(inspect.getdoc(type(default)) or "").partition("\n")[0],
-        registry=_REGISTRY,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    try:
+        return tyro.cli(
+            type(default),
+            default=default,
+            args=arguments,
+            prog=command,
+            description=(inspect.getdoc(type(default)) or "").partition("\n")[0],
+            registry=_REGISTRY,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{error} See {command} --help.") from error
 
 
 @_REGISTRY.struct_rule
