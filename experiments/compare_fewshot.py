@@ -93,10 +93,9 @@ def _measure_all(config, out, data):
     key = jax.random.fold_in(jax.random.key(config.seed), 1_000_000_009)
     (out / "results").mkdir(exist_ok=True)
     trained: list[dict[str, Any]] = []
-    entries = [
-        *_meta_trained(config, out, trained),
-        *_others(config, family, max(counts), data),
-    ]
+    # Mistakes in names are told now, not after hours of meta-training.
+    others = _others(config, family, max(counts), data)
+    entries = [*_meta_trained(config, out, trained), *others]
     results = {}
     for label, make, episodes in entries:
 
@@ -161,11 +160,9 @@ def _others(config, family, largest, data) -> list[_Entry]:
         entries.append((label, make, config.num_episodes))
     scratch = dataclasses.replace(family, num_examples=largest)
     for name in config.optimizers:
-        make = functools.partial(
-            fewshot_contenders.from_scratch, name, config, scratch, data
-        )
         label = f"from scratch, {pathlib.Path(name).stem}"
-        entries.append((label, make, config.num_episodes))
+        train = fewshot_contenders.from_scratch(name, config, scratch, data)
+        entries.append((label, train, config.num_episodes))
     classical = rivals(family)
     for found, episodes in (
         (classical.traced, config.num_episodes),

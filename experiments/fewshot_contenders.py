@@ -207,8 +207,10 @@ def file_label(path: str) -> str:
 
 def from_scratch(
     name: str, config: CompareFewShot, family: FunctionFamily, data: chex.ArrayTree
-) -> Predictor:
-    """Returns the predictor that trains the model anew with an optimizer.
+) -> Callable[[], Predictor]:
+    """Returns what makes the predictor that trains the model anew with an optimizer.
+
+    The learning rate is tuned when that is called, the name is looked up now.
 
     Raises:
         UsageError: if there is no such optimizer.
@@ -217,13 +219,17 @@ def from_scratch(
     try:
         if name in metaopt.available() or pathlib.Path(name).is_file():
             optimizer, theta, _ = load_with_info(name)
-            return TrainFromScratch(config.model, optimizer, steps).predictor(theta)
-        rule = Hyper(name)
+            learned = TrainFromScratch(config.model, optimizer, steps)
+            return functools.partial(learned.predictor, theta)
+        tuned = TrainFromScratch(config.model, Hyper(name), steps)
     except ValueError as error:
         raise UsageError(f"optimizers: {error}") from error
-    tuned = TrainFromScratch(config.model, rule, steps)
-    rate = best_rate(tuned, family, data, config.seed)
-    return tuned.predictor({"learning_rate": jnp.float32(math.log(rate))})
+
+    def make():
+        rate = best_rate(tuned, family, data, config.seed)
+        return tuned.predictor({"learning_rate": jnp.float32(math.log(rate))})
+
+    return make
 
 
 def best_rate(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import in_context_presets, options
+from experiments import fewshot_contenders, in_context_presets, options
 from experiments.__main__ import main
 from experiments.compare_fewshot_presets import COMPARE_FEWSHOT
 from experiments.fewshot_contenders import LEARNERS, best_rate, plan
@@ -205,6 +205,14 @@ def test_mistakes_are_named(words, message, tmp_path, capsys):
     learners = ["--learners"] if len(words) > 2 else []
     assert main([*words, *learners, *more]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--weights", "--optimizers"])
+def test_mistakes_are_named_before_anything_is_trained(option, tmp_path, monkeypatch):
+    train = lambda *_: pytest.fail("it trains")
+    monkeypatch.setattr(fewshot_contenders, "meta_trained", train)
+    words = ["compare-fewshot", "linear", option, "no/such", "--learners", "maml"]
+    assert main([*words, "--out", str(tmp_path / "x")]) == 2
 
 
 def test_help_lists_families_and_imports_no_jax():
