@@ -76,6 +76,9 @@ def main(arguments: list[str]) -> int:
         print(f"{horizon} steps of {task}", flush=True)
     try:
         save_coverage(out, **fit_sights(*seen))
+    except ValueError as error:
+        hint = "Raise --samples or --num-seeds."
+        raise CommandError(f"too little was seen: {error} {hint}") from error
     except OSError as error:
         raise CommandError(str(error)) from error
     print(f"Wrote {out}, {out.stat().st_size} bytes.")

@@ -62,7 +62,7 @@ def parse(default: Config, arguments: list[str], *, command: str) -> Config:
             registry=_REGISTRY,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         # Of a field of a component tyro tells it, of those of the whole it does not.
         raise UsageError(f"{error} See {command} --help.") from error
 

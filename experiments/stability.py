@@ -35,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "optimizer",
         help="bundled weights, a safetensors file, module:function that returns an "
-        "optax transformation, a reference such as adam, or a name of optax",
+        "optax transformation, of num_steps if it takes that, a reference such as "
+        "adam, or a name of optax",
     )
     made.add_argument("--suite", choices=("quick", "full"), default="quick")
     made.add_argument("--out", type=pathlib.Path, help="folder of the report")

@@ -1,5 +1,6 @@
 """Finding the optimizer that a command line names."""
 
+import dataclasses
 import importlib
 import inspect
 import pathlib
@@ -20,9 +21,10 @@ def find(name: str, *, rate: float | None, horizon: int | None) -> Subject:
     """Returns the optimizer that `name` stands for.
 
     Args:
-        name: a safetensors file, `module:function`, bundled weights, an optimizer of
-            `metaopt.stability.field`, or with `rate` one of optax or of
-            `metaopt.baselines`.
+        name: a safetensors file, `module:name` of an optax transformation or of a
+            function that returns one, of nothing or of `num_steps`, bundled weights,
+            an optimizer of `metaopt.stability.field`, or with `rate` one of optax or
+            of `metaopt.baselines`.
         rate: learning rate of an optimizer of optax or of `metaopt.baselines`.
         horizon: inner steps of the runs it was meta-trained for.
 
@@ -30,9 +32,12 @@ def find(name: str, *, rate: float | None, horizon: int | None) -> Subject:
         UsageError: if there is no such optimizer, or it does not fit.
     """
     try:
+        if horizon is not None:
+            validate.integer("horizon", horizon)
         if rate is not None:
             validate.number("learning_rate", rate, low=0.0, open_low=True)
-            return subject(_hand_designed(name, rate), name=f"{name} {rate:g}")
+            made = _hand_designed(name, rate)
+            return subject(made, name=f"{name} {rate:g}", horizon=horizon)
         if pathlib.Path(name).is_file() or name in metaopt.available():
             optimizer, theta, info = load_with_info(name)
             horizon = horizon or trained_for(info)
@@ -50,11 +55,11 @@ def find(name: str, *, rate: float | None, horizon: int | None) -> Subject:
         raise UsageError(f"{name}: {error}") from error
     known = {**field.references(), **field.broken()}
     options = [*metaopt.available(), *known]
-    made = name in BASELINES or callable(getattr(optax, name, None))
-    if name not in options and made:
+    by_rate = name in BASELINES or callable(getattr(optax, name, None))
+    if name not in options and by_rate:
         raise UsageError(f"{name} is hand-designed and needs --learning-rate.")
     check_choice("optimizer", name, options)
-    return known[name]
+    return dataclasses.replace(known[name], horizon=horizon or known[name].horizon)
 
 
 def coverage_file(name: str) -> pathlib.Path:
@@ -104,19 +109,31 @@ def _hand_designed(name: str, rate: float) -> Any:
 
 
 def _made(name: str, horizon: int | None) -> Subject:
-    """Calls `module:function`, with the number of inner steps if it takes one."""
-    module, _, function = name.partition(":")
+    """Takes `module:name` as it is, or calls it, with the inner steps if it asks."""
+    module, _, attribute = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module), function)
+        made = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{name} cannot be imported: {error}.") from error
-    if _parameters(factory):
-        return subject(factory, name=name, horizon=horizon)
-    made = factory()
+    if callable(made):
+        if "num_steps" in inspect.signature(made).parameters:
+            factory = lambda num_steps: made(num_steps=num_steps)
+            return subject(factory, name=name, horizon=horizon)
+        made = _call(made)
     if isinstance(made, Subject):
         return made
     optimizer, theta = made if type(made) is tuple else (made, None)
     return subject(optimizer, theta=theta, name=name, horizon=horizon)
+
+
+def _call(function: Any) -> Any:
+    missing = [n for n, p in _parameters(function).items() if p.default is p.empty]
+    if missing:
+        raise ValueError(
+            "it must take no argument, or one called num_steps, the inner steps of a "
+            f"run; it takes {', '.join(missing)}."
+        )
+    return function()
 
 
 def _parameters(function: Any) -> dict[str, inspect.Parameter]:

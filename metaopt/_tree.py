@@ -13,11 +13,20 @@ def select(condition: jax.Array, on_true: chex.ArrayTree, on_false: chex.ArrayTr
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
+def own_arrays(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Copies every leaf: donated, no array goes twice, and none that others hold."""
+    return jax.tree.map(jnp.array, tree)
+
+
+# Two trees that have nothing in common differ in every leaf.
+_MOST_LISTED = 10
+
+
 def require_like(name: str, tree: chex.ArrayTree, like: chex.ArrayTree) -> None:
     """Raises ValueError unless `tree` has the paths and the shapes of `like`.
 
     Args:
-        name: what to call `tree` in the message, which lists every difference.
+        name: what to call `tree` in the message, which lists the first ten differences.
         tree: the pytree to check.
         like: a pytree of arrays or `jax.ShapeDtypeStruct`s.
     """
@@ -29,7 +38,9 @@ def require_like(name: str, tree: chex.ArrayTree, like: chex.ArrayTree) -> None:
         if given.get(path) != wanted.get(path)
     ]
     if differences:
-        raise ValueError("; ".join(differences) + ".")
+        listed = "; ".join(differences[:_MOST_LISTED])
+        more = len(differences) - _MOST_LISTED
+        raise ValueError(listed + (f"; and {more} more." if more > 0 else "."))
 
 
 def _shapes(tree: chex.ArrayTree) -> dict[str, str]:

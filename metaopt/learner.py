@@ -204,6 +204,30 @@ class TrainState(NamedTuple):
     length: jax.Array
 
 
+def _checked(task: Task):
+    """Returns `task.loss`, which says so where it returns something else than it must.
+
+    Else the first error of a new task would be one of `jax.value_and_grad`.
+    """
+
+    def loss(*arguments):
+        out = task.loss(*arguments)
+        name = type(task).__name__
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(
+                f"{name}.loss must return (loss, metrics), such as (loss, {{}}), "
+                f"got {type(out).__name__}."
+            )
+        if jnp.shape(out[0]) != ():
+            raise TypeError(
+                f"{name}.loss must return one number as its loss, got an array of "
+                f"shape {jnp.shape(out[0])}: take its mean."
+            )
+        return out
+
+    return loss
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainTask:
     """The learner of a learned optimizer: an episode is one training run.
@@ -278,7 +302,7 @@ class TrainTask:
         batch_key, loss_key, valid_key = jax.random.split(key, 3)
         task, (instance, params, opt_state, count, length) = self.task, state
         batch = task.batch(instance, data, batch_key, split="train")
-        gradient = jax.value_and_grad(task.loss, has_aux=True)
+        gradient = jax.value_and_grad(_checked(task), has_aux=True)
         (loss, metrics), grads = gradient(params, batch, instance, loss_key)
         value_fn = lambda params: task.loss(params, batch, instance, loss_key)[0]
         updates, opt_state = self.optimizer.update(

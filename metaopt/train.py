@@ -167,8 +167,11 @@ def make_trainer(
         mesh: devices to use, by default all of all hosts.
 
     Raises:
+        TypeError: if `estimator` or `tx` is something else.
         ValueError: if the number of tasks is not a multiple of that of devices.
     """
+    validate.methods("estimator", estimator, ("init", "estimate"), "PES(learner)")
+    validate.methods("tx", tx, ("init", "update"), "optax.adam(1e-3)")
     mesh = task_mesh() if mesh is None else mesh
     data = jax.tree.map(lambda x: jax.device_put(np.asarray(x), replicated(mesh)), data)
     key_shape = jax.eval_shape(lambda: jax.random.key(0))

@@ -91,3 +91,13 @@ def instance(
             f"{name} must be a {wanted} such as {example}, "
             f"got {name}={value!r} ({type(value).__name__})."
         )
+
+
+def methods(name: str, value: Any, wanted: Iterable[str], example: str) -> None:
+    """Raises TypeError unless `value` has all methods `wanted`; shows `example`."""
+    missing = [method for method in wanted if not hasattr(value, method)]
+    if missing:
+        raise TypeError(
+            f"{name} must be such as {example}, got {name}={value!r} "
+            f"({type(value).__name__}), which has no {missing[0]}."
+        )

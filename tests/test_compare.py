@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import tasks
+from experiments import __main__ as door
 from experiments.compare import cells as cells_module
 from experiments.compare import contenders, running, store
 from experiments.compare.cells import Bench, diverged, final, final_loss
@@ -380,6 +381,12 @@ def test_an_interrupted_cell_goes_on_to_the_same_numbers(tmp_path):
     assert rest.trials == whole.trials
     for ours, theirs in zip(rest.tuned, whole.tuned, strict=True):
         np.testing.assert_array_equal(ours.train, theirs.train)
+
+
+def test_a_task_of_another_suite_names_it(capsys):
+    assert door.main(["compare", "sgd", "--tasks", "two-moons"]) == 2
+    message = "'two-moons' is not in the suite quick: choose --suite laptop or full."
+    assert message in capsys.readouterr().err
 
 
 def test_a_rule_that_cannot_train_a_task_is_reported(tmp_path, capsys):

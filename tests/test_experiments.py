@@ -123,6 +123,14 @@ def test_bad_options_are_explained(words, message, capsys):
     assert message in " ".join((printed.err + printed.out).replace("│", "").split())
 
 
+def test_what_the_configuration_refuses_is_explained():
+    preset = presets.META_TRAIN["quadratic-pes"].build()
+    default = options.Launch(preset, pathlib.Path())
+    message = "num_steps must be at least 1, got num_steps=0. See x --help."
+    with pytest.raises(console.UsageError, match=message):
+        options.parse(default, ["--num-steps", "0"], command="x")
+
+
 @pytest.mark.parametrize("name", presets.META_TRAIN)
 def test_presets_build_and_every_component_has_options(name, capsys):
     config = presets.META_TRAIN[name].build()

@@ -334,6 +334,14 @@ def test_too_few_classes_are_left_for_a_test_of_unseen_ones(capsys):
     assert "Left out: unseen classes. way must not" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["--weights", "--optimizers"])
+def test_mistakes_are_named_before_anything_is_trained(option, tmp_path, monkeypatch):
+    train = lambda *_: pytest.fail("it trains")
+    monkeypatch.setattr(fewshot_contenders, "meta_trained", train)
+    words = ["compare-fewshot", "linear", option, "no/such", "--learners", "maml"]
+    assert main([*words, "--out", str(tmp_path / "x")]) == 2
+
+
 def test_help_lists_families_and_imports_no_jax():
     code = (
         "import sys; from experiments.__main__ import main; "

@@ -198,6 +198,31 @@ def test_a_teacher_that_has_converged_costs_no_more_than_the_cap():
     np.testing.assert_allclose(losses[1], jnp.minimum(losses[0], 2.0))
 
 
+class Wrong(Quadratic):
+    def loss(self, params, batch, instance, key):
+        return params
+
+
+class Several(Quadratic):
+    def loss(self, params, batch, instance, key):
+        return params, {}
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (Wrong(), r"Wrong.loss must return \(loss, metrics\)"),
+        (Several(3), r"Several.loss must return one number .* shape \(3,\): take its"),
+    ],
+)
+def test_a_loss_of_another_kind_is_named(task, message):
+    learner = TrainTask(task, SGD)
+    theta = learner.init_theta(jax.random.key(0))
+    state = learner.reset(theta, (), jax.random.key(1), length=2)
+    with pytest.raises(TypeError, match=message):
+        unroll(learner, theta, state, (), jax.random.key(2), length=2)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -8,8 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from metaopt import baselines
 from metaopt.optimizers import MLP, Hyper, SmallFC
 from metaopt.optimizers.base import LearnedOptimizer
+from metaopt.registry import OPTIMIZERS
 
 RULES = {"MLP": MLP(widths=(8,), decays=(0.9, 0.99)), "SmallFC": SmallFC()}
 PARAMS = {
@@ -166,6 +168,48 @@ def test_missing_value_and_length_show_the_call():
     tx = rule.as_optax(theta, num_steps=5)
     with pytest.raises(ValueError, match=r"tx\.update\(.*value=loss\)"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    tx = _bound("SmallFC")
+    state, grads = tx.init(PARAMS), jax.grad(_loss)(PARAMS)
+    for wrong, message in (
+        (grads | {"scale": jnp.ones(3)}, r"grads\['scale'\] must be of shape \(\)"),
+        ({"scale": grads["scale"]}, r"grads\['layer'\]\['w'\] must .* is missing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tx.update(wrong, state, PARAMS)
+    other = PARAMS | {"scale": jnp.ones((1, 1))}
+    for wrong in (tx.init(other), optax.adam(0.1).init(PARAMS)):
+        with pytest.raises(ValueError, match=r"state.* must be .*, is "):
+            jax.jit(tx.update)(grads, wrong, PARAMS)
+    rule = _NeedsLoss("sgd")
+    tx = rule.as_optax(rule.init_theta(jax.random.key(0)), num_steps=5)
+    with pytest.raises(ValueError, match=r"value must be one number.* shape \(3,\)"):
+        tx.update(grads, tx.init(PARAMS), PARAMS, value=jnp.ones(3))
+
+
+def _addresses(tree):
+    return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree) if x.size]
+
+
+@pytest.mark.parametrize("name", ["LSR1", "NNAdam", "Optimus", "RNNMLP"])
+def test_a_state_can_be_donated(name):
+    rule = OPTIMIZERS[name]()
+    theta = rule.init_theta(jax.random.key(0))
+    _assert_nothing_shared(rule.as_optax(theta), theta)
+
+
+@pytest.mark.parametrize("name", ["bfgs", "lbfgs", "prodigy", "soap"])
+def test_the_state_of_a_baseline_can_be_donated(name):
+    _assert_nothing_shared(baselines.make(name), ())
+
+
+def _assert_nothing_shared(tx, theta):
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    found = _addresses((tx.init(params), tx.init(params)))
+    assert len(found) == len(set(found))
+    assert set(found).isdisjoint(_addresses((params, theta)))
 
 
 def _data():

@@ -410,6 +410,9 @@ def test_operations_are_counted():
         (lambda: predict(LogisticRegression()), "y must be one-hot"),
         (lambda: TrainFromScratch(Network(), "adam"), "optimizer must be a Learned"),
         (lambda: compare(Linear(), {}, [], KEY), "num_examples must name"),
+        (lambda: compare(Linear(), {}, [4], KEY), "predictors must have at least one"),
+        (lambda: compare(Linear(), {}, 4, KEY), "num_examples must be a Sequence such"),
+        (lambda: compare(Linear(), [Ridge(1.0)], [4], KEY), "predictors must be a Map"),
         (lambda: compare(Linear(), {}, [0], KEY), "must be at least 1"),
         # A class of the digits has 174 images at least, others have more.
         (lambda: compare(ImageEpisodes(), {}, [175 * 5], KEY), "more images than"),

@@ -314,6 +314,9 @@ def test_command_stores_coverage_beside_the_weights(tmp_path, capsys):
     sizes = ["--samples", "10", "--num-seeds", "2"]
     assert door.main(["coverage", str(path), *sizes]) == 0
     assert "20 steps of NoisyQuadratic" in capsys.readouterr().out
+    few = ["--samples", "1", "--num-seeds", "1", "--out", str(tmp_path / "few")]
+    assert door.main(["coverage", str(path), *few]) == 1
+    assert "Raise --samples or --num-seeds." in capsys.readouterr().err
     found = subjects.find(str(path), rate=None, horizon=None).coverage
     assert {name: x.mean.size for name, x in found.items()} == {
         "inputs": 28,

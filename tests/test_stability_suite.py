@@ -441,7 +441,9 @@ def test_the_exit_status_is_the_verdict(level, one_probe, tmp_path, capsys):
         (["soap"], "needs --learning-rate"),
         (["kfac", "--learning-rate", "1"], "evaluates the loss at other parameters"),
         (["adam", "--learning-rate", "nan"], "learning_rate must lie in"),
+        (["adam", "--horizon", "0"], "horizon must be at least 1, got horizon=0"),
         (["no.such.module:tx"], "cannot be imported"),
+        ([f"{__name__}:adam_at"], "one called num_steps, the inner steps of a run; it"),
         ([], "required: optimizer"),
     ],
 )
@@ -482,8 +484,15 @@ def adam_of(num_steps):
     return optax.adam(optax.linear_schedule(0.1, 0.0, num_steps))
 
 
-def adam():
-    return optax.adam(0.1)
+def adam(learning_rate=0.1):
+    return optax.adam(learning_rate)
+
+
+def adam_at(learning_rate):
+    return optax.adam(learning_rate)
+
+
+MADE = optax.sgd(0.5)
 
 
 def learned():
@@ -506,6 +515,16 @@ def test_optimizers_are_found_by_name(tmp_path):
     assert find("momentum above 1").name == "momentum above 1"
     assert find(f"{__name__}:adam_of").needs_num_steps
     assert not find(f"{__name__}:adam").needs_num_steps
+    step, _ = (
+        find(f"{__name__}:adam")
+        .transformation(500)
+        .update(jnp.ones(1), optax.adam(1.0).init(jnp.ones(1)))
+    )
+    np.testing.assert_allclose(step, -0.1, rtol=1e-4)
+    tx = find(f"{__name__}:MADE").transformation(10)
+    assert float(tx.update(1.0, tx.init(1.0))[0]) == -0.5
+    assert find("sgd", rate=0.5, horizon=30).horizon == 30
+    assert find("sgd", horizon=30).horizon == 30
     assert find(f"{__name__}:learned", horizon=5).learned[0] == rule
     path.write_bytes(b"PK\x03\x04")
     with pytest.raises(UsageError, match="zip archive"):

@@ -122,6 +122,12 @@ def test_what_does_not_fit_is_named():
         run(jax.random.key(0), {"learning_rate": jnp.zeros(())})
     with pytest.raises(TypeError, match=r"key must be a key such as jax\.random\.key"):
         run(jax.random.PRNGKey(0), None)
+    for estimator, tx, message in (
+        (ESTIMATOR, "adam", r"tx must be such as optax.adam\(1e-3\), got tx='adam'"),
+        (ESTIMATOR.learner, optax.sgd(0.1), r"estimator must be such as PES"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            meta_train(estimator, tx, jax.random.key(0), num_steps=1)
 
 
 def test_outer_optimizers_that_read_the_loss_get_it():

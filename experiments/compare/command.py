@@ -195,6 +195,12 @@ def _suite(options: argparse.Namespace) -> dict[str, Any]:
                     "another of this name."
                 )
     for name in options.tasks or ():
+        others = [other for other, tasks in SUITES.items() if name in tasks]
+        if name not in suite and others:
+            raise UsageError(
+                f"Task {name!r} is not in the suite {options.suite}: choose --suite "
+                f"{' or '.join(others)}."
+            )
         check_choice("task", name, suite)
     chosen = {name: suite[name] for name in options.tasks or suite}
     if options.steps is not None:

@@ -9,6 +9,7 @@ import jax
 import optax
 
 from metaopt import validate
+from metaopt._tree import own_arrays
 
 CALL = "tx.update(grads, state, params, value=loss, value_fn=loss_fn)"
 
@@ -68,7 +69,10 @@ class Entry(NamedTuple):
             supplied = self._supply(grads, value, value_fn)
             return inner.update(grads, state, params, **supplied)
 
-        return optax.GradientTransformationExtraArgs(inner.init, update)
+        def init(params):
+            return own_arrays(inner.init(params))
+
+        return optax.GradientTransformationExtraArgs(init, update)
 
     def _supply(self, grads, value, value_fn):
         if value is None and "value" in self.needs:

@@ -78,7 +78,9 @@ def compare(
         The results by name.
 
     Raises:
-        ValueError: if a predictor's answers have not the shape of the targets.
+        TypeError: if an argument is of another kind.
+        ValueError: if there is no predictor or no number of examples, or if a
+            predictor's answers have not the shape of the targets.
 
     >>> from metaopt.fewshot import Averaging, Ridge
     >>> class Linear(FunctionFamily):
@@ -97,10 +99,14 @@ def compare(
     True
     """
     validate.instance("family", family, FunctionFamily, "Sinusoids()")
+    validate.instance("predictors", predictors, Mapping, "{'ridge': Ridge(0.1)}")
+    validate.instance("num_examples", num_examples, Sequence, "(4, 8)")
     validate.integers("num_examples", tuple(num_examples))
     validate.integer("num_episodes", num_episodes)
     if not num_examples:
         raise ValueError("num_examples must name at least one number, got none.")
+    if not predictors:
+        raise ValueError("predictors must have at least one entry, got none.")
     largest = dataclasses.replace(family, num_examples=max(num_examples))
     data = largest.load() if data is None else data
     episode_key, predictor_key = jax.random.split(key)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from metaopt import validate
-from metaopt._tree import require_like
+from metaopt._tree import own_arrays, require_like
 
 _CALL = "tx.update(grads, state, params, value=loss)"
 
@@ -104,8 +104,10 @@ class LearnedOptimizer(abc.ABC):
 
         Raises:
             ValueError: if `theta` has other arrays than `init_theta` gives, listing
-                each difference; if the rule needs `num_steps` and none is given; on
-                `update`, if `params` or a needed `value` is missing.
+                the differences; if the rule needs `num_steps` and none is given; on
+                `update`, if `params` or a needed `value` is missing, if `grads` is not
+                like `params`, if `state` is not what `init` gives for them, or if a
+                needed `value` is not one number.
 
         >>> import jax, jax.numpy as jnp
         >>> from metaopt.optimizers import Fixed
@@ -126,15 +128,36 @@ class LearnedOptimizer(abc.ABC):
         key = jax.random.key(0) if key is None else key
         require_like("theta", theta, jax.eval_shape(self.init_theta, key))
 
+        def start(params):
+            return self.init(theta, params, num_steps=num_steps, key=key)
+
+        # By structure, shapes and dtypes of the parameters: outside of `jax.jit` it
+        # would be traced anew at every step.
+        known: dict[Any, chex.ArrayTree] = {}
+
+        def expected(params):
+            leaves, treedef = jax.tree.flatten(params)
+            kind = treedef, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+            if kind not in known:
+                known[kind] = jax.eval_shape(start, params)
+            return known[kind]
+
         def init(params):
             _require_floats(rule, params)
-            return self.init(theta, params, num_steps=num_steps, key=key)
+            return own_arrays(start(params))
 
         def update(grads, state, params=None, *, value=None, **extra):
             if params is None:
                 raise ValueError(f"{rule} reads the parameters: call {_CALL}.")
             if self.needs_value and value is None:
                 raise ValueError(f"{rule} reads the loss: call {_CALL}.")
+            if self.needs_value and jnp.shape(value) != ():
+                raise ValueError(
+                    f"value must be one number, the loss: it has shape "
+                    f"{jnp.shape(value)}; take its mean, or use jax.vmap."
+                )
+            require_like("grads", grads, params)
+            require_like("state", state, expected(params))
             return self.update(theta, grads, state, params, value=value, **extra)
 
         return optax.GradientTransformationExtraArgs(init, update)
