@@ -28,10 +28,12 @@ from tasks import data as datasets
 from tasks.function_families import CLASSES, family
 from tests.test_experiments import ROOT, metric_steps, wait_for
 
+LEARNER = "--estimator.estimator.learner"
 TINY = (
-    "--estimator.learner.model.layers 1 --estimator.learner.model.width 8 "
-    "--estimator.learner.family.dim 3 --estimator.learner.family.num-examples 3 "
-    "--estimator.learner.batch-size 4 --num-steps 60 --checkpoint-steps 10 "
+    f"{LEARNER}.model.layers 1 {LEARNER}.model.width 8 {LEARNER}.model.dtype float32 "
+    f"{LEARNER}.family.dim 3 {LEARNER}.family.dims.first 3 "
+    f"{LEARNER}.family.num-examples 3 {LEARNER}.batch-size 4 "
+    "--num-steps 60 --checkpoint-steps 10 "
     "--evaluation.num-episodes 8 --evaluation.num-examples 3"
 )
 SMALL = (
@@ -77,11 +79,11 @@ def test_a_run_starts_from_the_theta_of_another(finished, tmp_path, capsys):
         (["--start", tmp_path / "none"], "none': [Errno 2] No such file"),
         (["--start", optimizer], "must hold a model that `in-context` trained, got a"),
         (
-            ["--estimator.learner.model.heads", 1],
+            [f"{LEARNER}.model.heads", 1],
             "model.heads: 8 there, 1 here. Choose",
         ),
         (
-            ["--estimator.learner.family.num-examples", 4],
+            [f"{LEARNER}.family.num-examples", 4],
             'theta.positions: "(7, 8)" there, "(9, 8)" here. Choose model',
         ),
     ):
