@@ -415,7 +415,10 @@ def test_operations_are_counted():
         (lambda: compare(Linear(), [Ridge(1.0)], [4], KEY), "predictors must be a Map"),
         (lambda: compare(Linear(), {}, [0], KEY), "must be at least 1"),
         # A class of the digits has 174 images at least, others have more.
-        (lambda: compare(ImageEpisodes(), {}, [175 * 5], KEY), "more images than"),
+        (
+            lambda: compare(ImageEpisodes(), {"ridge": Ridge(1.0)}, [175 * 5], KEY),
+            "more images than",
+        ),
     ],
 )
 def test_bad_input_is_named(build, message):

@@ -124,7 +124,8 @@ class Kind(NamedTuple):
 
 KINDS = {
     "trained": Kind(FeatureAttention(), 1e-3),
-    "control": Kind(DescentOnFeatures(), 3e-4),
+    # The paper's 3e-4, in batches of 2,048, leaves it far behind in small ones.
+    "control": Kind(DescentOnFeatures(), 1e-3),
 }
 
 
@@ -146,7 +147,7 @@ class Size(NamedTuple):
     points: int = 20
 
 
-QUICK = Size(20_000, 128, 1)
+QUICK = Size(60_000, 128, 1)
 FULL = Size(50_000, 2048, 5)
 
 
@@ -211,9 +212,9 @@ def course(out: pathlib.Path, family: str, kind: str, seed: int, size: Size) -> 
         }
     )
     rate = optax.cosine_decay_schedule(KINDS[kind].rate, size.steps)
-    name = f"sine-{family}-{kind}-steps{size.steps}-batch{size.batch}-seed{seed}.npz"
+    settings = f"steps{size.steps}-batch{size.batch}-rate{KINDS[kind].rate:g}"
     return train(
-        out / name,
+        out / f"sine-{family}-{kind}-{settings}-seed{seed}.npz",
         learner_of(family, kind, size.batch),
         optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(rate)),
         jax.random.key(seed),
