@@ -15,7 +15,7 @@ from rich.table import Table
 from experiments.config import FewShotEvaluation, TrainInContext
 from experiments.console import screen
 from experiments.page import Rows, cell, write_page
-from experiments.rivals import rivals, unseen
+from experiments.rivals import relative, rivals, unseen
 from experiments.run import read_metrics
 from metaopt._files import write_atomically
 from metaopt.averaging import trained_theta
@@ -82,7 +82,10 @@ def finish(
 def evaluate(
     learner: InContext, theta: chex.ArrayTree, evaluation: FewShotEvaluation, seed: int
 ) -> dict[str, dict[str, Comparison]]:
-    """Compares on the family of training, and outside of it; results by name."""
+    """Compares on the family of training, and outside of it; results by name.
+
+    Errors of scaled functions are over the square of their scale.
+    """
     key = jax.random.fold_in(jax.random.key(seed), _COMPARISON)
     family = dataclasses.replace(learner.family, num_queries=1)
     found = {}
@@ -104,6 +107,7 @@ def evaluate(
         if classical.host:
             episodes["num_episodes"] = evaluation.host_episodes
             found[name] |= compare(variant, classical.host, counts, key, **episodes)
+        found[name] = relative(variant, found[name])
     return found
 
 
@@ -162,7 +166,10 @@ def tables_of(
             means = {n: results[n].mean[i] for n in trained if n in results}
             outside.append(row | {n: float(mean) for n, mean in means.items()})
     if len(found) > 1:
-        tables["Outside of the training distribution"] = outside
+        title = "Outside of the training distribution"
+        scaled = any(" x " in name for name in found)
+        over = ", scaled functions over the square of their scale" if scaled else ""
+        tables[title + over] = outside
     return tables
 
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from metaopt.fewshot import (
     Averaging,
+    Comparison,
     FunctionFamily,
     GradientBoosting,
     GreedyTree,
@@ -117,3 +119,21 @@ def unseen(family: FunctionFamily) -> dict[str, FunctionFamily]:
         found[f"inputs x {label}"] = change(prompt=prompts.Scaled(inputs_by=factor))
         found[f"weights x {label}"] = change(prompt=prompts.Scaled(targets_by=factor))
     return found
+
+
+def relative(
+    family: FunctionFamily, results: Mapping[str, Comparison]
+) -> dict[str, Comparison]:
+    """Divides the errors of scaled functions by the square of their scale.
+
+    The zero function has then the same error as on functions that are not scaled.
+    """
+    prompt = getattr(family, "prompt", None)
+    if not isinstance(prompt, prompts.Scaled):
+        return dict(results)
+    square = (prompt.inputs_by * prompt.targets_by) ** 2
+    fields = ("errors", "mean", "median", "low", "high")
+    return {
+        name: result._replace(**{f: getattr(result, f) / square for f in fields})
+        for name, result in results.items()
+    }

@@ -16,7 +16,7 @@ import numpy as np
 from experiments.config import Outer
 from experiments.reproduce.few_shot_training import FewShotTraining, train
 from experiments.reproduce.figure import COLOURS, figure
-from experiments.rivals import rivals, unseen
+from experiments.rivals import relative, rivals, unseen
 from metaopt.estimators import Curriculum, FullUnroll
 from metaopt.fewshot import (
     Comparison,
@@ -29,7 +29,6 @@ from metaopt.fewshot import (
 )
 from tasks.function_families import DecisionTrees, ReLUNetworks
 from tasks.linear_families import Linear, SparseLinear
-from tasks.prompts import Scaled
 
 CLAIM = (
     "A transformer trained on prompts of random linear functions predicts new ones as "
@@ -175,9 +174,8 @@ def elsewhere(
 ) -> dict[str, dict[str, Comparison]]:
     """Compares on the prompts of section 5, in the middle and at the end.
 
-    Errors of scaled functions are over the square of their scale, so that the zero
-    function has 1 as elsewhere: the published 0.30 for a third of the inputs is above
-    the 0.11 that it has without.
+    Errors of scaled functions are `relative`, as the published ones must be: their
+    0.30 for a third of the inputs is above the 0.11 that the zero function has.
     """
     results = {}
     for name, other in unseen(family).items():
@@ -188,21 +186,8 @@ def elsewhere(
         if largest >= 40:
             counts = [10, 20, 40]
         measured = compare(other, predictors, counts, KEY, num_episodes=1280)
-        results[name] = {n: _over(c, _square(other)) for n, c in measured.items()}
+        results[name] = relative(other, measured)
     return results
-
-
-def _square(family: FunctionFamily) -> float:
-    """Returns the square of what a prompt multiplies the targets by."""
-    prompt = getattr(family, "prompt", None)
-    if not isinstance(prompt, Scaled):
-        return 1.0
-    return (prompt.inputs_by * prompt.targets_by) ** 2
-
-
-def _over(result: Comparison, square: float) -> Comparison:
-    mean, low, high = (x / square for x in (result.mean, result.low, result.high))
-    return result._replace(mean=mean, low=low, high=high)
 
 
 def by_count(results: Mapping[str, Comparison]) -> list[dict[str, Any]]:
