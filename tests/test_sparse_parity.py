@@ -97,6 +97,11 @@ def test_fifty_bits_are_solved_and_progress_hides_in_the_plateau(tmp_path):
     assert (run.solved_at <= 6000).all()
     assert (run.error[:, :6] > sparse_parity.PLATEAU).all()
     assert (sparse_parity.rises(run) > 0.9).all()
+    # Minibatches move single weights to and fro: monotone are means over 500 steps.
+    for error, progress in zip(run.error, run.progress, strict=True):
+        length = np.argmin(error > sparse_parity.PLATEAU) // 5 * 5
+        means = progress[:length].reshape(-1, 5).mean(axis=1)
+        assert len(means) > 2 and (np.diff(means) > 0).all()
     start, half = run.progress[:, 1], run.progress[:, 8]
     assert (half > 1.3 * start).all()
     assert (run.relevant[:, -1] > 2 * run.others[:, -1]).all()
