@@ -4,7 +4,7 @@ Needs the extra `bench`. Two questions, each a ratio within one run on one machi
 
 - Tokens per second of training a transformer on prompts of linear functions, against
   `transformers.GPT2Model` of the same size, fed as by Garg et al., 2022: embeddings in,
-  no dropout, Adam.
+  no dropout, Adam; both in float32 and in bfloat16.
 - Tasks per second of MAML on sinusoids, one inner step, against TorchOpt's `MetaSGD`
   with its loop over tasks, and against the same by hand with `torch.func.vmap`.
 
@@ -38,8 +38,10 @@ def main() -> None:
     rows = []
     for size in args.sizes:
         steps = {
-            "metaopt": transformer_step(*SIZES[size]),
-            "transformers GPT-2": gpt2_step(*SIZES[size]),
+            "metaopt": transformer_step(*SIZES[size], "float32"),
+            "metaopt, bfloat16": transformer_step(*SIZES[size], "bfloat16"),
+            "transformers GPT-2": gpt2_step(*SIZES[size], False),
+            "GPT-2, bfloat16": gpt2_step(*SIZES[size], True),
         }
         tokens = BATCH * (2 * POINTS - 1)
         rows += _race(f"transformer, {size}", "tokens/s", steps, tokens, args.rounds, 1)
@@ -111,14 +113,16 @@ def _race(
     ]
 
 
-def transformer_step(layers: int, heads: int, width: int) -> Callable[[], Any]:
+def transformer_step(
+    layers: int, heads: int, width: int, dtype: str
+) -> Callable[[], Any]:
     """Returns a function that takes one step of our transformer."""
     from metaopt.estimators import FullUnroll
     from metaopt.fewshot import InContext, Interleaved, Transformer
     from tasks.linear_families import Linear
 
     family = Linear(num_examples=POINTS - 1, num_queries=1, dim=DIM)
-    model = Transformer(layers, heads, width)
+    model = Transformer(layers, heads, width, dtype=dtype)
     learner = InContext(family, model, Interleaved(), batch_size=BATCH // 2)
     return _meta_step(FullUnroll(learner, num_tasks=2, block=1), 1e-4)
 
@@ -150,8 +154,11 @@ def _meta_step(estimator: Any, rate: float) -> Callable[[], Any]:
     return step
 
 
-def gpt2_step(layers: int, heads: int, width: int) -> Callable[[], Any]:
-    """Returns a function that takes one step of a GPT-2 of PyTorch."""
+def gpt2_step(layers: int, heads: int, width: int, autocast: bool) -> Callable[[], Any]:
+    """Returns a function that takes one step of a GPT-2 of PyTorch.
+
+    With `autocast` its products and activations are in bfloat16, by `torch.autocast`.
+    """
     import torch
     from transformers import GPT2Config, GPT2Model
 
@@ -176,8 +183,10 @@ def gpt2_step(layers: int, heads: int, width: int) -> Callable[[], Any]:
         wide = torch.zeros(BATCH, POINTS, DIM)
         wide[..., 0] = y
         tokens = torch.stack([x, wide], dim=2).view(BATCH, 2 * POINTS, DIM)[:, :-1]
-        stream = model(inputs_embeds=read_in(tokens)).last_hidden_state
-        loss = (read_out(stream)[:, ::2, 0] - y).square().mean()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            stream = model(inputs_embeds=read_in(tokens)).last_hidden_state
+            read = read_out(stream)
+        loss = (read[:, ::2, 0].float() - y).square().mean()
         adam.zero_grad()
         loss.backward()
         adam.step()

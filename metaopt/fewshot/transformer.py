@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from metaopt import validate
+from metaopt.fewshot.products import affine_in_bfloat16
 from metaopt.fewshot.sequence_model import SequenceModel
 
 # Blocks that a loop takes at once. One by one, their gradients take three times as
 # long on a CPU, where every turn copies what it keeps for the way back.
-_UNROLL = 8
+_UNROLL = 12
 
 
 class Activations(NamedTuple):
@@ -38,7 +39,7 @@ class Transformer(SequenceModel):
     weights are normal; those into the residual stream are divided by
     `sqrt(2 * layers)`.
 
-    Parameters of the blocks are stacked, `[layers, ...]`; beyond eight blocks depth
+    Parameters of the blocks are stacked, `[layers, ...]`; beyond twelve blocks depth
     costs little compilation.
 
     Attributes:
@@ -52,7 +53,10 @@ class Transformer(SequenceModel):
             proportion that starts at one half (Olsson et al., 2022,
             https://arxiv.org/abs/2209.11895).
         dtype: "float32" or "bfloat16", that of the activations; softmax, LayerNorm and
-            parameters stay in float32.
+            parameters stay in float32. Where JAX's default backend is the CPU, which
+            computes everything else faster in float32, "bfloat16" is that of the
+            operands of the blocks' affine maps alone, which then have gradients of
+            first order and in reverse mode only.
         window: how many tokens a head looks back at, its own included; None for all. A
             smaller state for the same parameters. With `smeared_keys` the oldest key
             holds a share of the one before it; the reach of several blocks adds up.
@@ -88,6 +92,10 @@ class Transformer(SequenceModel):
                 "width must be a multiple of heads, got "
                 f"width={self.width} and heads={self.heads}."
             )
+
+    @property
+    def _only_products(self) -> bool:
+        return self.dtype == "bfloat16" and jax.default_backend() == "cpu"
 
     def state_size(self, length):
         kept = length if self.window is None else min(length, self.window)
@@ -155,7 +163,7 @@ class Transformer(SequenceModel):
                 f"for, got {length}."
             )
         x = _affine(params["embed"], tokens) + params["positions"][:length]
-        return x.astype(self.dtype)
+        return x if self._only_products else x.astype(self.dtype)
 
     def _unembed(self, params, x):
         x = _normalise(params["final_norm"], x)
@@ -165,8 +173,8 @@ class Transformer(SequenceModel):
         update, attention = self._attend(p, x, causal)
         x = x + update
         if self.widening:
-            hidden = _affine(p["mlp_in"], _normalise(p["mlp_norm"], x))
-            x = x + _affine(p["mlp_out"], jax.nn.gelu(hidden))
+            hidden = self._map(p["mlp_in"], _normalise(p["mlp_norm"], x))
+            x = x + self._map(p["mlp_out"], jax.nn.gelu(hidden))
         return x, attention
 
     def _attend(self, p, x, causal):
@@ -176,7 +184,7 @@ class Transformer(SequenceModel):
                 f"window={self.window}. Use a layout such as Shifted(), or window=None."
             )
         batch, length, _ = x.shape
-        qkv = _affine(p["qkv"], _normalise(p["attention_norm"], x))
+        qkv = self._map(p["qkv"], _normalise(p["attention_norm"], x))
         qkv = qkv.reshape(batch, length, 3, self.heads, self.width // self.heads)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         if self.smeared_keys:
@@ -192,7 +200,10 @@ class Transformer(SequenceModel):
             scores = jnp.where(seen, scores, -jnp.inf)
         attention = jax.nn.softmax(scores)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", attention.astype(v.dtype), v)
-        return _affine(p["attention_out"], mixed.reshape(x.shape)), attention
+        return self._map(p["attention_out"], mixed.reshape(x.shape)), attention
+
+    def _map(self, p, x):
+        return _affine_in_bfloat16(p, x) if self._only_products else _affine(p, x)
 
 
 def _linear(w: jax.Array) -> dict[str, jax.Array]:
@@ -202,6 +213,11 @@ def _linear(w: jax.Array) -> dict[str, jax.Array]:
 def _affine(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     # As one matrix: for the gradient of `w` XLA would copy what has two axes of rows.
     y = x.reshape(-1, x.shape[-1]) @ p["w"].astype(x.dtype) + p["b"].astype(x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _affine_in_bfloat16(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    y = affine_in_bfloat16(x.reshape(-1, x.shape[-1]), p["w"], p["b"])
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
