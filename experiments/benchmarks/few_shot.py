@@ -87,7 +87,12 @@ def _race(
     rounds: int,
     repeats: int,
 ) -> list[dict[str, Any]]:
-    """Times every step in turns; `ratio` is how much faster the first is."""
+    """Times every step in turns; `ratio` is how much faster the first is.
+
+    Of `repeats` steps in a row the last is waited for, as in training.
+    """
+    import jax
+
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -96,7 +101,8 @@ def _race(
         for name, step in steps.items():
             start = time.perf_counter()
             for _ in range(repeats):
-                step()
+                result = step()
+            jax.block_until_ready(result)
             seconds[name].append((time.perf_counter() - start) / repeats)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     first = next(iter(median.values()))
@@ -128,28 +134,38 @@ def transformer_step(
 
 
 def maml_step() -> Callable[[], Any]:
-    """Returns a function that takes one step of our MAML."""
+    """Returns a function that takes one step of our MAML, on one device.
+
+    For steps as short as these a second one costs more than it gives.
+    """
+    import jax
+
     from metaopt.estimators import FullUnroll
     from metaopt.fewshot import MAML, Network
     from tasks.function_families import Sinusoids
 
     family = Sinusoids(num_examples=SHOTS, num_queries=SHOTS)
     learner = MAML(family, Network(widths=(40, 40)), learning_rate=RATE)
-    return _meta_step(FullUnroll(learner, num_tasks=TASKS, block=TASKS), 1e-3)
+    estimator = FullUnroll(learner, num_tasks=TASKS, block=TASKS)
+    return _meta_step(estimator, 1e-3, jax.devices()[:1])
 
 
-def _meta_step(estimator: Any, rate: float) -> Callable[[], Any]:
+def _meta_step(
+    estimator: Any, rate: float, devices: list[Any] | None = None
+) -> Callable[[], Any]:
     import jax
     import optax
 
+    from metaopt.sharding import task_mesh
     from metaopt.train import make_trainer
 
-    trainer = make_trainer(estimator, optax.adam(rate), estimator.load())
+    mesh = task_mesh(devices)
+    trainer = make_trainer(estimator, optax.adam(rate), estimator.load(), mesh=mesh)
     state = [trainer.init(jax.random.key(0))]
 
     def step():
         state[0], metrics = trainer.step(state[0])
-        jax.block_until_ready(metrics)
+        return metrics
 
     return step
 
