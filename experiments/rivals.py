@@ -108,7 +108,7 @@ def unseen(family: FunctionFamily) -> dict[str, FunctionFamily]:
         "skewed inputs": change(prompt=prompts.Skewed()),
         "one quadrant": change(prompt=prompts.RandomQuadrant()),
         "repeated question": change(prompt=prompts.RepeatedQuery()),
-        "noisy targets": change(noise=family.noise + (family.dim / 20) ** 0.5),
+        "noisy targets": change(noise=(family.noise**2 + family.dim / 20) ** 0.5),
     }
     if family.dim > 1:
         found["half subspace"] = change(prompt=prompts.HalfSubspace())
