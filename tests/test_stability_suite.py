@@ -580,5 +580,7 @@ def test_packed_references_are_read_as_they_were(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found[name], x)
 
 
-def test_shipped_references_are_small():
-    assert sum(path.stat().st_size for path in SHIPPED) < 300_000
+@pytest.mark.parametrize("suite", ["quick", "full"])
+def test_shipped_references_are_small(suite):
+    sizes = [p.stat().st_size for p in SHIPPED if p.name.startswith(f"{suite}-")]
+    assert 0 < sum(sizes) < 300_000
