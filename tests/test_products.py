@@ -22,7 +22,7 @@ def rounded(x):
     return x.astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
-def check(got, x, w, b, grad):
+def assert_products(got, x, w, b, grad):
     """Compares `(y, (grad_x, grad_w, grad_b))` with the products of rounded numbers."""
     y, (grad_x, grad_w, grad_b) = got
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
@@ -46,7 +46,7 @@ def test_shapes(rows, inputs, outputs, seed):
     arrays = draw(seed, rows, inputs, outputs)
     got = value_and_grads(*arrays)
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("float32")}
-    check(got, *arrays)
+    assert_products(got, *arrays)
 
 
 # Sizes of which the compiler has products that it must be handed as they want them.
@@ -57,7 +57,7 @@ def test_compiled_and_batched(inputs, outputs, batch):
     together = [np.broadcast_to(a, (*batch, *a.shape)) for a in arrays]
     f = jax.jit(jax.vmap(value_and_grads) if batch else value_and_grads)
     one = lambda got: jax.tree.map(lambda a: a[-1], got) if batch else got
-    check(one(f(*together)), *arrays)
+    assert_products(one(f(*together)), *arrays)
 
 
 def test_accumulated_in_a_loop():
@@ -70,4 +70,4 @@ def test_accumulated_in_a_loop():
     zeros = jax.tree.map(jnp.zeros_like, value_and_grads(x, w, b, grad))
     total, _ = jax.jit(lambda: jax.lax.scan(add, zeros, jnp.array([1.0, 2.0, -2.0])))()
     mean = (total[0] / 3, total[1])
-    check(mean, x, w, b, grad)
+    assert_products(mean, x, w, b, grad)

@@ -40,8 +40,8 @@ def main() -> None:
         steps = {
             "metaopt": transformer_step(*SIZES[size], "float32"),
             "metaopt, bfloat16": transformer_step(*SIZES[size], "bfloat16"),
-            "transformers GPT-2": gpt2_step(*SIZES[size], False),
-            "GPT-2, bfloat16": gpt2_step(*SIZES[size], True),
+            "transformers GPT-2": gpt2_step(*SIZES[size], "float32"),
+            "GPT-2, bfloat16": gpt2_step(*SIZES[size], "bfloat16"),
         }
         tokens = BATCH * (2 * POINTS - 1)
         rows += _race(f"transformer, {size}", "tokens/s", steps, tokens, args.rounds, 1)
@@ -170,10 +170,10 @@ def _meta_step(
     return step
 
 
-def gpt2_step(layers: int, heads: int, width: int, autocast: bool) -> Callable[[], Any]:
+def gpt2_step(layers: int, heads: int, width: int, dtype: str) -> Callable[[], Any]:
     """Returns a function that takes one step of a GPT-2 of PyTorch.
 
-    With `autocast` its products and activations are in bfloat16, by `torch.autocast`.
+    Its products and activations are in bfloat16 by `torch.autocast`, if asked for.
     """
     import torch
     from transformers import GPT2Config, GPT2Model
@@ -192,6 +192,7 @@ def gpt2_step(layers: int, heads: int, width: int, autocast: bool) -> Callable[[
     read_out = torch.nn.Linear(width, 1)
     parts = torch.nn.ModuleList([read_in, model, read_out])
     adam = torch.optim.Adam(parts.parameters(), lr=1e-4)
+    half = dtype == "bfloat16"
 
     def step():
         x = torch.randn(BATCH, POINTS, DIM)
@@ -199,7 +200,7 @@ def gpt2_step(layers: int, heads: int, width: int, autocast: bool) -> Callable[[
         wide = torch.zeros(BATCH, POINTS, DIM)
         wide[..., 0] = y
         tokens = torch.stack([x, wide], dim=2).view(BATCH, 2 * POINTS, DIM)[:, :-1]
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             stream = model(inputs_embeds=read_in(tokens)).last_hidden_state
             read = read_out(stream)
         loss = (read[:, ::2, 0].float() - y).square().mean()

@@ -53,10 +53,9 @@ class Transformer(SequenceModel):
             proportion that starts at one half (Olsson et al., 2022,
             https://arxiv.org/abs/2209.11895).
         dtype: "float32" or "bfloat16", that of the activations; softmax, LayerNorm and
-            parameters stay in float32. Where JAX's default backend is the CPU, which
-            computes everything else faster in float32, "bfloat16" is that of the
-            operands of the blocks' affine maps alone, which then have gradients of
-            first order and in reverse mode only.
+            parameters stay in float32. Where JAX's default backend is the CPU,
+            "bfloat16" is that of the operands of the blocks' affine maps alone, which
+            then have gradients of first order and in reverse mode only.
         window: how many tokens a head looks back at, its own included; None for all. A
             smaller state for the same parameters. With `smeared_keys` the oldest key
             holds a share of the one before it; the reach of several blocks adds up.
